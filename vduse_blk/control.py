@@ -1,0 +1,585 @@
+"""What the server of a disk and the programs that talk to it share: names, places, messages, exit codes.
+
+Places. Every disk has a directory ``/run/vduse-blk/NAME/`` (0700) with ``state.json``, ``log`` and ``control.sock``.
+Its server holds ``flock()`` on the directory itself for as long as it lives, so "is it served?" has one answer which
+the kernel keeps right through any death: the lock. The directory is made before anything else of a disk and removed
+after everything else; whoever removes it does so under that lock, and whoever takes the lock checks that the path
+still leads to what was locked.
+
+Messages. A unix stream socket; one JSON object per line in each direction, one reply per request, in order::
+
+    {"op": "detach", "force": false}
+    {"ok": true}  |  {"ok": false, "error": "one sentence", "code": 4, "holders": [...]}
+
+Start. ``attach`` hands a server its ``WorkerSpec`` as JSON on standard input, and in ``ready_fd`` the number of an
+inherited pipe. The server writes exactly one line there and closes it: ``ready_line`` or ``failure_line``. Before that
+line either side may give up: a reader that closes its end asks the server to undo everything and exit; an end of
+file without a line means that the server died.
+
+Standard library only: the command line, the server and the node daemon all import this.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+from vduse_blk.block.errors import UserError
+
+RUN_ENV: Final = "VDUSE_BLK_RUN"
+"""Environment variable that moves ``/run/vduse-blk`` elsewhere (tests, unprivileged experiments)."""
+
+DEFAULT_RUN_ROOT: Final = "/run/vduse-blk"
+MAX_MESSAGE: Final = 1 << 20
+"""Longest message in bytes, newline included. ``info`` of 64 queues is about 20 KiB."""
+
+_SOCKET_PATH_MAX: Final = 107  # sizeof(sockaddr_un.sun_path) - 1 for the terminating NUL
+
+
+class Exit(IntEnum):
+    """Exit status of the command line and of the server, and ``code`` in a failed reply."""
+
+    OK = 0
+    FAILED = 1  # unexpected: a bug, or the kernel said no
+    USAGE = 2  # bad options, source, size or name syntax
+    NOT_FOUND = 3  # no such disk
+    BUSY = 4  # name taken, file in use, disk mounted or held
+    DENIED = 5  # not root, or no access
+    UNSUPPORTED = 6  # the host cannot do it: `vduse-blk doctor` explains
+    TIMEOUT = 7
+
+
+class ControlError(UserError):
+    """A request that was refused or could not be delivered. ``holders`` names who keeps a busy disk open."""
+
+    def __init__(self, message: str, exit_code: int = Exit.FAILED, holders: list[Any] | None = None) -> None:
+        super().__init__(message, exit_code)
+        self.holders: list[Any] = holders or []
+
+
+class NotServed(ControlError):
+    """The disk's directory exists, its server does not (or does not listen yet)."""
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can be a disk's name; raise ``UserError`` (exit 2) saying the rule otherwise.
+
+    The name becomes a file name in ``/dev/vduse``, ``/dev/vduse-blk`` and the run directory. The kernel accepts almost
+    anything, including ``..`` and ``/``, so the rule is ours. ``control`` is the kernel's own node.
+    """
+    if _NAME.fullmatch(name) is None or name == "control":
+        raise UserError(
+            f"name: {name!r} is not usable; accepted are 1 to 63 of letters, digits, '_', '.', '-', "
+            "starting with a letter, a digit or '_', and not 'control'",
+            Exit.USAGE,
+        )
+    return name
+
+
+# --------------------------------------------------------------------------------------------------------- places
+
+
+def run_root() -> Path:
+    """Directory that holds one directory per disk."""
+    return Path(os.environ.get(RUN_ENV) or DEFAULT_RUN_ROOT)
+
+
+@dataclass(frozen=True)
+class DiskPaths:
+    """The files of one disk. Construct with ``DiskPaths.of(name)``."""
+
+    directory: Path
+    state: Path
+    log: Path
+    socket: Path
+
+    @classmethod
+    def of(cls, name: str) -> DiskPaths:
+        directory = run_root() / check_name(name)
+        control = directory / "control.sock"
+        if len(os.fsencode(control)) > _SOCKET_PATH_MAX:
+            raise UserError(
+                f"{RUN_ENV}: {control} is longer than the {_SOCKET_PATH_MAX} bytes of a socket's path; "
+                "use a shorter directory",
+                Exit.USAGE,
+            )
+        return cls(directory, directory / "state.json", directory / "log", control)
+
+
+def disk_names() -> list[str]:
+    """Names that have a directory, sorted. Empty if the run directory does not exist."""
+    try:
+        with os.scandir(run_root()) as entries:
+            found = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in found if _NAME.fullmatch(name) and name != "control")
+
+
+def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
+    """Make the disk's directory (0700) and the run directory above it (0755).
+
+    With ``exclusive`` an existing one raises ``FileExistsError``: that is how a name is claimed. No access raises
+    ``ControlError`` (exit 5).
+    """
+    paths = DiskPaths.of(name)
+    try:
+        paths.directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        paths.directory.mkdir(mode=0o700, exist_ok=not exclusive)
+    except PermissionError as e:
+        raise ControlError(f"cannot create {paths.directory}: no permission; run as root", Exit.DENIED) from e
+    except FileExistsError:
+        if exclusive:
+            raise
+        raise ControlError(f"{paths.directory} is in the way: it is not a directory", Exit.BUSY) from None
+    except OSError as e:
+        raise ControlError(f"cannot create {paths.directory}: {e.strerror}", Exit.FAILED) from e
+    return paths
+
+
+def lock_directory(name: str, *, patience: float = 1.0) -> int:
+    """Take the lock that means "this process serves the disk"; return its descriptor, which the caller keeps open.
+
+    Makes the directory if needed. ``is_locked`` holds the lock for an instant and another program may be removing
+    the directory, so a refusal is final only after ``patience`` seconds. Raises ``ControlError`` (exit 4) if
+    another process serves the disk. The descriptor is close-on-exec.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        paths = make_directory(name)
+        fd = _open_directory(paths)
+        if fd is None:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            if time.monotonic() >= deadline:
+                raise ControlError(f"disk '{name}' is already served by another process", Exit.BUSY) from None
+            time.sleep(0.02)
+            continue
+        if _leads_to(paths.directory, fd):
+            return fd
+        os.close(fd)  # removed (and perhaps made again) between open and flock
+
+
+def is_locked(name: str) -> bool:
+    """Whether a server of this disk lives. False if it has no directory."""
+    fd = _open_directory(DiskPaths.of(name))
+    if fd is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def remove_directory(name: str, *, locked_fd: int | None = None) -> bool:
+    """Remove the disk's directory and the files in it, under its lock.
+
+    The server passes the descriptor of its lock as ``locked_fd`` (which stays open: the lock ends with the process).
+    Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives.
+    """
+    paths = DiskPaths.of(name)
+    fd = locked_fd if locked_fd is not None else _open_directory(paths)
+    if fd is None:
+        return True
+    try:
+        if locked_fd is None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        if not _leads_to(paths.directory, fd):
+            return True
+        for entry in os.listdir(fd):
+            os.unlink(entry, dir_fd=fd)
+        os.rmdir(paths.directory)
+    finally:
+        if locked_fd is None:
+            os.close(fd)
+    return True
+
+
+def _open_directory(paths: DiskPaths) -> int | None:
+    """None if there is no such directory."""
+    try:
+        return os.open(paths.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except PermissionError as e:
+        raise ControlError(f"{paths.directory}: no permission; run as root", Exit.DENIED) from e
+    except OSError as e:
+        if e.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise ControlError(
+                f"{paths.directory} is in the way: it is not a directory", Exit.BUSY
+            ) from e
+        raise
+
+
+def _leads_to(path: Path, fd: int) -> bool:
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(fd)) and stat.S_ISDIR(there.st_mode)
+
+
+def read_state(name: str) -> dict[str, Any]:
+    """``state.json`` of a disk; empty if there is none yet. The server writes it with ``write_state``."""
+    path = DiskPaths.of(name).state
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except PermissionError as e:
+        raise ControlError(f"{path}: no permission; run as root", Exit.DENIED) from e
+    try:
+        state = json.loads(text)
+    except ValueError:
+        state = None
+    # write_state replaces the file whole, so anything else is damage; a disk must be removable all the same.
+    return state if isinstance(state, dict) else {}
+
+
+def write_state(name: str, state: Mapping[str, Any]) -> None:
+    """Replace ``state.json`` (0600) in one step: a reader sees the old text or the new one, never half."""
+    path = DiskPaths.of(name).state
+    temporary = path.with_name("state.json.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(fd, "wb") as file:
+        file.write(json.dumps(state, indent=1).encode() + b"\n")
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------- WorkerSpec
+
+PATHS: Final = ("auto", "native", "plugin")
+BLOCK_SIZES: Final = (512, 1024, 2048, 4096)
+MIN_QUEUE_SIZE: Final = 4  # header, one data segment, status, and one to spare, as one chain without indirect
+MAX_QUEUE_SIZE: Final = 32768  # virtio 1.2, 2.7: the largest split queue
+MAX_QUEUES: Final = 64
+MAX_SERIAL: Final = 20  # VIRTIO_BLK_ID_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """Everything a server needs to know to serve one disk. Construction checks every field (``UserError``, exit 2)."""
+
+    name: str
+    source: str
+    """As the user wrote it, except that a relative path was made absolute (a server's working directory is ``/``)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the backend beyond those in ``source``."""
+    read_only: bool = False
+    queues: int | None = None
+    """None: as many as the host has CPUs, at most 8."""
+    queue_size: int = 256
+    """Descriptors per queue."""
+    serial: str | None = None
+    """None: the server chooses."""
+    block_size: int | None = None
+    """Logical block size in bytes; None: the storage's own."""
+    size: int | None = None
+    """Bytes; None: the storage's own."""
+    path: str = "auto"
+    """Who serves requests: ``native`` (C), ``plugin`` (asyncio), or ``auto``: native where the storage can."""
+    ready_fd: int | None = None
+    """Inherited pipe for the one line that says how the start went; None: nobody waits (``serve``)."""
+    export: str = "vduse"
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f.name, getattr(self, f.name))
+        check_name(self.name)
+        if not self.source:
+            raise UserError("source: must not be empty", Exit.USAGE)
+        if self.queues is not None:
+            _check_range("queues", self.queues, 1, MAX_QUEUES)
+        if not MIN_QUEUE_SIZE <= self.queue_size <= MAX_QUEUE_SIZE or self.queue_size & (self.queue_size - 1):
+            raise UserError(
+                f"queue-size: {self.queue_size} is not usable; accepted are powers of two from "
+                f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}",
+                Exit.USAGE,
+            )
+        if self.serial is not None and not (
+            self.serial.isascii() and self.serial.isprintable() and 1 <= len(self.serial) <= MAX_SERIAL
+        ):
+            raise UserError(
+                f"serial: {self.serial!r} is not usable; accepted are 1 to {MAX_SERIAL} printable ASCII characters",
+                Exit.USAGE,
+            )
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise UserError(
+                f"block-size: {self.block_size} is not usable; accepted are "
+                + ", ".join(map(str, BLOCK_SIZES)),
+                Exit.USAGE,
+            )
+        if self.size is not None:
+            unit = self.block_size or BLOCK_SIZES[0]
+            if self.size <= 0 or self.size % unit:
+                raise UserError(
+                    f"size: {self.size} bytes is not usable; accepted is any positive multiple of the block size, "
+                    f"{unit} bytes",
+                    Exit.USAGE,
+                )
+        if self.path not in PATHS:
+            raise UserError(f"path: {self.path!r} is not usable; accepted are {', '.join(PATHS)}", Exit.USAGE)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> WorkerSpec:
+        """Decode and check. Raises ``UserError`` (exit 2) naming the key that is wrong, missing or unknown."""
+        try:
+            decoded = json.loads(text)
+        except ValueError as e:
+            raise UserError(f"the disk's specification is not JSON: {e}", Exit.USAGE) from e
+        if not isinstance(decoded, dict):
+            raise UserError("the disk's specification is not a JSON object", Exit.USAGE)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(decoded.keys() - known)
+        if unknown:
+            raise UserError(
+                f"{unknown[0]}: unknown key in the disk's specification; known are {', '.join(sorted(known))}",
+                Exit.USAGE,
+            )
+        for key in ("name", "source"):
+            if key not in decoded:
+                raise UserError(f"{key}: missing in the disk's specification", Exit.USAGE)
+        return cls(**decoded)
+
+
+_SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be null)
+    "name": (str, False),
+    "source": (str, False),
+    "options": (dict, False),
+    "read_only": (bool, False),
+    "queues": (int, True),
+    "queue_size": (int, False),
+    "serial": (str, True),
+    "block_size": (int, True),
+    "size": (int, True),
+    "path": (str, False),
+    "ready_fd": (int, True),
+    "export": (str, False),
+}
+
+
+def _check_type(key: str, value: object) -> None:
+    wanted, optional = _SPEC_TYPES[key]
+    if value is None and optional:
+        return
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise UserError(f"{key}: {value!r} is not usable; accepted is a value of type {wanted.__name__}", Exit.USAGE)
+
+
+def _check_range(key: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{key}: {value} is not usable; accepted are {least} to {most}", Exit.USAGE)
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+def encode_message(message: Mapping[str, Any]) -> bytes:
+    """One line, newline included."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def decode_message(line: bytes) -> dict[str, Any]:
+    """Inverse of ``encode_message``. Raises ``ValueError`` for anything but one JSON object."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not a JSON object")
+    return message
+
+
+def ok_reply(**values: Any) -> bytes:
+    return encode_message({"ok": True, **values})
+
+
+def error_reply(error: str, code: int, holders: list[Any] | None = None) -> bytes:
+    reply: dict[str, Any] = {"ok": False, "error": error, "code": int(code)}
+    if holders:
+        reply["holders"] = holders
+    return encode_message(reply)
+
+
+def ready_line(device: str, **values: Any) -> bytes:
+    """What a server writes to ``ready_fd`` when its disk is usable. ``device`` is the node, ``/dev/vda``."""
+    return encode_message({"ready": True, "device": device, **values})
+
+
+def failure_line(error: str, code: int, holders: list[Any] | None = None) -> bytes:
+    """What a server writes to ``ready_fd`` after it undid everything."""
+    line: dict[str, Any] = {"error": error, "code": int(code)}
+    if holders:
+        line["holders"] = holders
+    return encode_message(line)
+
+
+# --------------------------------------------------------------------------------------------------------- client
+
+
+class Client:
+    """One connection to the server of one disk. Not for use by several threads at once.
+
+    ``timeout`` is the longest wait in seconds for connecting and for each reply.
+    """
+
+    def __init__(self, name: str, timeout: float = 10.0) -> None:
+        """Connect. Raises ``ControlError`` (exit 3: no such disk; 5: no access; 7: no answer) and ``NotServed``."""
+        self.name = name
+        self._timeout = timeout
+        paths = DiskPaths.of(name)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout)
+        self._buffer = b""
+        try:
+            self._socket.connect(str(paths.socket))
+        except OSError as e:
+            self._socket.close()
+            raise _connect_error(name, paths, e) from e
+
+    @property
+    def server_pid(self) -> int:
+        """Process id of the server, as the kernel recorded it when the server began to listen."""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], "little")
+
+    def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Send one request, return the successful reply. Raises ``ControlError`` with the server's own sentence."""
+        wait = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + wait
+        try:
+            self._socket.settimeout(wait)
+            self._socket.sendall(encode_message({"op": op, **arguments}))
+            reply = decode_message(self._read_line(deadline))
+        except TimeoutError as e:
+            raise ControlError(
+                f"the server of disk '{self.name}' did not answer '{op}' within {wait:g} seconds", Exit.TIMEOUT
+            ) from e
+        except (OSError, ValueError, EOFError) as e:
+            raise ControlError(
+                f"the server of disk '{self.name}' broke the conversation during '{op}' "
+                f"({str(e) or type(e).__name__}); its log: {DiskPaths.of(self.name).log}",
+                Exit.FAILED,
+            ) from e
+        if reply.get("ok") is not True:
+            raise ControlError(
+                str(reply.get("error", f"the server refused '{op}' without a reason")),
+                int(reply.get("code", Exit.FAILED)),
+                list(reply.get("holders", [])),
+            )
+        return reply
+
+    def _read_line(self, deadline: float) -> bytes:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) >= MAX_MESSAGE:
+                raise ValueError(f"reply longer than {MAX_MESSAGE} bytes")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            data = self._socket.recv(65536)
+            if not data:
+                raise EOFError("connection closed")
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
+        if not paths.directory.is_dir():
+            return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
+        return NotServed(f"disk '{name}' has no server; its log: {paths.log}", Exit.FAILED)
+    if isinstance(error, PermissionError):
+        return ControlError(f"{paths.socket}: no permission; run as root", Exit.DENIED)
+    if isinstance(error, TimeoutError | BlockingIOError):  # EAGAIN: the backlog of a server that hangs is full
+        return ControlError(f"the server of disk '{name}' does not accept connections", Exit.TIMEOUT)
+    return ControlError(f"{paths.socket}: {error.strerror}", Exit.FAILED)
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """One disk as seen from outside.
+
+    ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server that lives
+    and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer.
+    ``info``: reply to ``info`` where there is a server to ask, else what ``state.json`` says.
+    """
+
+    name: str
+    state: str
+    info: Mapping[str, Any]
+
+
+def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
+    """Ask one disk's server. Raises ``ControlError`` only if there is no such disk or no access."""
+    try:
+        with Client(name, timeout) as client:
+            info = client.call("info")
+            return DiskStatus(name, str(info.get("phase", "serving")), info)
+    except NotServed:
+        return DiskStatus(name, "starting" if is_locked(name) else "dead", read_state(name))
+    except ControlError as e:
+        if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED):
+            raise
+        # The conversation ended in the middle: the server is leaving, has left, or hangs.
+        return DiskStatus(name, "silent" if is_locked(name) else "dead", read_state(name))
+
+
+def all_disks(timeout: float = 2.0) -> Iterator[DiskStatus]:
+    """Every disk, by name. One that vanishes meanwhile is left out."""
+    for name in disk_names():
+        try:
+            yield disk_status(name, timeout)
+        except ControlError as e:
+            if e.exit_code != Exit.NOT_FOUND:
+                raise
+
+
+@contextmanager
+def server_process(pid: int) -> Iterator[int | None]:
+    """A descriptor that becomes readable when the process ends; None if it has ended already."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
