@@ -1,20 +1,20 @@
 """What the server of a disk and the programs that talk to it share: names, places, messages, exit codes.
 
-Places. Every disk has a directory ``/run/vduse-blk/NAME/`` (0700) with ``state.json``, ``log`` and ``control.sock``.
-Its server holds ``flock()`` on the directory itself for as long as it lives, so "is it served?" has one answer which
-the kernel keeps right through any death: the lock. The directory is made before anything else of a disk and removed
-after everything else; whoever removes it does so under that lock, and whoever takes the lock checks that the path
-still leads to what was locked.
+Places. Every disk has a directory ``/run/vduse-blk/NAME/`` (0700) with ``state.json``, ``log`` and
+``control.sock``. Its server holds ``flock()`` on the directory itself for as long as it lives, so "is it
+served?" has one answer which the kernel keeps right through any death: the lock. The directory is made before
+anything else of a disk and removed after everything else; whoever removes it does so under that lock, and
+whoever takes the lock checks that the path still leads to what was locked.
 
 Messages. A unix stream socket; one JSON object per line in each direction, one reply per request, in order::
 
     {"op": "detach", "force": false}
     {"ok": true}  |  {"ok": false, "error": "one sentence", "code": 4, "holders": [...]}
 
-Start. ``attach`` hands a server its ``WorkerSpec`` as JSON on standard input, and in ``ready_fd`` the number of an
-inherited pipe. The server writes exactly one line there and closes it: ``ready_line`` or ``failure_line``. Before that
-line either side may give up: a reader that closes its end asks the server to undo everything and exit; an end of
-file without a line means that the server died.
+Start. ``attach`` hands a server its ``WorkerSpec`` as JSON on standard input, and in ``ready_fd`` the number
+of an inherited pipe. The server writes exactly one line there and closes it: ``ready_line`` or
+``failure_line``. Before that line either side may give up: a reader that closes its end asks the server to
+undo everything and exit; an end of file without a line means that the server died.
 
 Standard library only: the command line, the server and the node daemon all import this.
 """
@@ -73,7 +73,7 @@ class NotServed(ControlError):
     """The disk's directory exists, its server does not (or does not listen yet)."""
 
 
-# ---------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------- names
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
@@ -81,19 +81,21 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
 def check_name(name: str) -> str:
     """Return ``name`` if it can be a disk's name; raise ``UserError`` (exit 2) saying the rule otherwise.
 
-    The name becomes a file name in ``/dev/vduse``, ``/dev/vduse-blk`` and the run directory. The kernel accepts almost
-    anything, including ``..`` and ``/``, so the rule is ours. ``control`` is the kernel's own node.
+    The name becomes a file name in ``/dev/vduse``, ``/dev/vduse-blk`` and the run directory. The kernel
+    accepts almost anything, including ``..`` and ``/``, so the rule is ours. ``control`` is the kernel's own
+    node.
     """
     if _NAME.fullmatch(name) is None or name == "control":
-        raise UserError(
-            f"name: {name!r} is not usable; accepted are 1 to 63 of letters, digits, '_', '.', '-', "
-            "starting with a letter, a digit or '_', and not 'control'",
-            Exit.USAGE,
+        raise _unusable(
+            "name",
+            name,
+            "1 to 63 of letters, digits, '_', '.', '-', starting with a letter, a digit or '_', "
+            "and not 'control'",
         )
     return name
 
 
-# --------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------- places
 
 
 def run_root() -> Path:
@@ -136,8 +138,8 @@ def disk_names() -> list[str]:
 def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     """Make the disk's directory (0700) and the run directory above it (0755).
 
-    With ``exclusive`` an existing one raises ``FileExistsError``: that is how a name is claimed. No access raises
-    ``ControlError`` (exit 5).
+    With ``exclusive`` an existing one raises ``FileExistsError``: that is how a name is claimed. No access
+    raises ``ControlError`` (exit 5).
     """
     paths = DiskPaths.of(name)
     try:
@@ -155,11 +157,12 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
 
 
 def lock_directory(name: str, *, patience: float = 1.0) -> int:
-    """Take the lock that means "this process serves the disk"; return its descriptor, which the caller keeps open.
+    """Take the lock that means "this process serves the disk"; return its descriptor, which the caller keeps
+    open.
 
-    Makes the directory if needed. ``is_locked`` holds the lock for an instant and another program may be removing
-    the directory, so a refusal is final only after ``patience`` seconds. Raises ``ControlError`` (exit 4) if
-    another process serves the disk. The descriptor is close-on-exec.
+    Makes the directory if needed. ``is_locked`` holds the lock for an instant and another program may be
+    removing the directory, so a refusal is final only after ``patience`` seconds. Raises ``ControlError``
+    (exit 4) if another process serves the disk. The descriptor is close-on-exec.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -197,8 +200,8 @@ def is_locked(name: str) -> bool:
 def remove_directory(name: str, *, locked_fd: int | None = None) -> bool:
     """Remove the disk's directory and the files in it, under its lock.
 
-    The server passes the descriptor of its lock as ``locked_fd`` (which stays open: the lock ends with the process).
-    Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives.
+    The server passes the descriptor of its lock as ``locked_fd`` (which stays open: the lock ends with the
+    process). Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives.
     """
     paths = DiskPaths.of(name)
     fd = locked_fd if locked_fd is not None else _open_directory(paths)
@@ -231,9 +234,7 @@ def _open_directory(paths: DiskPaths) -> int | None:
         raise ControlError(f"{paths.directory}: no permission; run as root", Exit.DENIED) from e
     except OSError as e:
         if e.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise ControlError(
-                f"{paths.directory} is in the way: it is not a directory", Exit.BUSY
-            ) from e
+            raise ControlError(f"{paths.directory} is in the way: it is not a directory", Exit.BUSY) from e
         raise
 
 
@@ -272,7 +273,7 @@ def write_state(name: str, state: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------- WorkerSpec
+# ----------------------------------------------------------------------------------------------- WorkerSpec
 
 PATHS: Final = ("auto", "native", "plugin")
 BLOCK_SIZES: Final = (512, 1024, 2048, 4096)
@@ -284,11 +285,13 @@ MAX_SERIAL: Final = 20  # VIRTIO_BLK_ID_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """Everything a server needs to know to serve one disk. Construction checks every field (``UserError``, exit 2)."""
+    """Everything a server needs to know to serve one disk. Construction checks every field (``UserError``,
+    exit 2)."""
 
     name: str
     source: str
-    """As the user wrote it, except that a relative path was made absolute (a server's working directory is ``/``)."""
+    """As the user wrote it, except that a relative path was made absolute (a server's working directory is
+    ``/``)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the backend beyond those in ``source``."""
     read_only: bool = False
@@ -303,7 +306,8 @@ class WorkerSpec:
     size: int | None = None
     """Bytes; None: the storage's own."""
     path: str = "auto"
-    """Who serves requests: ``native`` (C), ``plugin`` (asyncio), or ``auto``: native where the storage can."""
+    """Who serves requests: ``native`` (C), ``plugin`` (asyncio), or ``auto``: native where the storage
+    can."""
     ready_fd: int | None = None
     """Inherited pipe for the one line that says how the start went; None: nobody waits (``serve``)."""
     export: str = "vduse"
@@ -314,44 +318,31 @@ class WorkerSpec:
         check_name(self.name)
         if not self.source:
             raise UserError("source: must not be empty", Exit.USAGE)
-        if self.queues is not None:
-            _check_range("queues", self.queues, 1, MAX_QUEUES)
+        if self.queues is not None and not 1 <= self.queues <= MAX_QUEUES:
+            raise _unusable("queues", self.queues, f"1 to {MAX_QUEUES}")
         if not MIN_QUEUE_SIZE <= self.queue_size <= MAX_QUEUE_SIZE or self.queue_size & (self.queue_size - 1):
-            raise UserError(
-                f"queue-size: {self.queue_size} is not usable; accepted are powers of two from "
-                f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}",
-                Exit.USAGE,
+            raise _unusable(
+                "queue-size", self.queue_size, f"powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
             )
         if self.serial is not None and not (
             self.serial.isascii() and self.serial.isprintable() and 1 <= len(self.serial) <= MAX_SERIAL
         ):
-            raise UserError(
-                f"serial: {self.serial!r} is not usable; accepted are 1 to {MAX_SERIAL} printable ASCII characters",
-                Exit.USAGE,
-            )
+            raise _unusable("serial", self.serial, f"1 to {MAX_SERIAL} printable ASCII characters")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
-            raise UserError(
-                f"block-size: {self.block_size} is not usable; accepted are "
-                + ", ".join(map(str, BLOCK_SIZES)),
-                Exit.USAGE,
-            )
-        if self.size is not None:
-            unit = self.block_size or BLOCK_SIZES[0]
-            if self.size <= 0 or self.size % unit:
-                raise UserError(
-                    f"size: {self.size} bytes is not usable; accepted is any positive multiple of the block size, "
-                    f"{unit} bytes",
-                    Exit.USAGE,
-                )
+            raise _unusable("block-size", self.block_size, ", ".join(map(str, BLOCK_SIZES)))
+        unit = self.block_size or BLOCK_SIZES[0]
+        if self.size is not None and (self.size <= 0 or self.size % unit):
+            raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
         if self.path not in PATHS:
-            raise UserError(f"path: {self.path!r} is not usable; accepted are {', '.join(PATHS)}", Exit.USAGE)
+            raise _unusable("path", self.path, ", ".join(PATHS))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> WorkerSpec:
-        """Decode and check. Raises ``UserError`` (exit 2) naming the key that is wrong, missing or unknown."""
+        """Decode and check. Raises ``UserError`` (exit 2) naming the key that is wrong, missing or
+        unknown."""
         try:
             decoded = json.loads(text)
         except ValueError as e:
@@ -362,7 +353,8 @@ class WorkerSpec:
         unknown = sorted(decoded.keys() - known)
         if unknown:
             raise UserError(
-                f"{unknown[0]}: unknown key in the disk's specification; known are {', '.join(sorted(known))}",
+                f"{unknown[0]}: unknown key in the disk's specification; accepted are "
+                + ", ".join(sorted(known)),
                 Exit.USAGE,
             )
         for key in ("name", "source"):
@@ -392,15 +384,14 @@ def _check_type(key: str, value: object) -> None:
     if value is None and optional:
         return
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise UserError(f"{key}: {value!r} is not usable; accepted is a value of type {wanted.__name__}", Exit.USAGE)
+        raise _unusable(key, value, f"values of type {wanted.__name__}")
 
 
-def _check_range(key: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise UserError(f"{key}: {value} is not usable; accepted are {least} to {most}", Exit.USAGE)
+def _unusable(key: str, value: object, accepted: str) -> UserError:
+    return UserError(f"{key}: {value!r} is not usable; accepted are {accepted}", Exit.USAGE)
 
 
-# ------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------- messages
 
 
 def encode_message(message: Mapping[str, Any]) -> bytes:
@@ -440,7 +431,7 @@ def failure_line(error: str, code: int, holders: list[Any] | None = None) -> byt
     return encode_message(line)
 
 
-# --------------------------------------------------------------------------------------------------------- client
+# --------------------------------------------------------------------------------------------------- client
 
 
 class Client:
@@ -450,7 +441,8 @@ class Client:
     """
 
     def __init__(self, name: str, timeout: float = 10.0) -> None:
-        """Connect. Raises ``ControlError`` (exit 3: no such disk; 5: no access; 7: no answer) and ``NotServed``."""
+        """Connect. Raises ``ControlError`` (exit 3: no such disk; 5: no access; 7: no answer) and
+        ``NotServed``."""
         self.name = name
         self._timeout = timeout
         paths = DiskPaths.of(name)
@@ -470,7 +462,8 @@ class Client:
         return int.from_bytes(credentials[:4], "little")
 
     def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Send one request, return the successful reply. Raises ``ControlError`` with the server's own sentence."""
+        """Send one request, return the successful reply. Raises ``ControlError`` with the server's own
+        sentence."""
         wait = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + wait
         try:
@@ -479,7 +472,8 @@ class Client:
             reply = decode_message(self._read_line(deadline))
         except TimeoutError as e:
             raise ControlError(
-                f"the server of disk '{self.name}' did not answer '{op}' within {wait:g} seconds", Exit.TIMEOUT
+                f"the server of disk '{self.name}' did not answer '{op}' within {wait:g} seconds",
+                Exit.TIMEOUT,
             ) from e
         except (OSError, ValueError, EOFError) as e:
             raise ControlError(
@@ -527,7 +521,7 @@ def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
         return NotServed(f"disk '{name}' has no server; its log: {paths.log}", Exit.FAILED)
     if isinstance(error, PermissionError):
         return ControlError(f"{paths.socket}: no permission; run as root", Exit.DENIED)
-    if isinstance(error, TimeoutError | BlockingIOError):  # EAGAIN: the backlog of a server that hangs is full
+    if isinstance(error, TimeoutError | BlockingIOError):  # EAGAIN: the backlog of a hung server is full
         return ControlError(f"the server of disk '{name}' does not accept connections", Exit.TIMEOUT)
     return ControlError(f"{paths.socket}: {error.strerror}", Exit.FAILED)
 
@@ -536,8 +530,8 @@ def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
 class DiskStatus:
     """One disk as seen from outside.
 
-    ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server that lives
-    and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer.
+    ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server
+    that lives and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer.
     ``info``: reply to ``info`` where there is a server to ask, else what ``state.json`` says.
     """
 
