@@ -1,0 +1,243 @@
+/*
+ * The interface of the C core: included by every C file and fed, as this very text, to cffi. Hence: declarations and
+ * enums only, no preprocessor lines but the include guard (lines starting with '#' are dropped for cffi).
+ *
+ * Owners: "control" is the thread that creates, starts and stops a queue and publishes tables (the exporter's message
+ * thread, or the event loop for a plugin queue); "queue" is the one thread that serves the queue.
+ */
+#ifndef VDUSE_BLK_API_H
+#define VDUSE_BLK_API_H
+#include <stddef.h>
+#include <stdint.h>
+#endif
+
+/* ---- iova.c: address translation ------------------------------------------------------------------------------ */
+
+/* What the device may do with a region; the values are those of the VDUSE uapi (VDUSE_ACCESS_RO, _WO). */
+enum iova_access { IOVA_READ = 1, IOVA_WRITE = 2 };
+
+struct iova_region {
+    uint64_t start; /* first byte, IOVA */
+    uint64_t last;  /* last byte, inclusive as in the uapi */
+    uint64_t host;  /* where `start` is mapped in this process */
+    uint32_t access;
+    uint32_t reserved;
+};
+
+/* Sorted by start, no overlap; immutable once published to a queue. */
+struct iova_table {
+    uint32_t count;
+    uint32_t generation; /* of the publisher; a later table has a larger one */
+    uint32_t drain;      /* the table lacks something its predecessor had: adopt it only with nothing in flight */
+    uint32_t reserved;
+    struct iova_region regions[];
+};
+
+/* Same layout as struct iovec (asserted), declared here so that Python can read it. */
+struct vb_iov {
+    void *base;
+    size_t length;
+};
+
+/* 0, or -EINVAL if the table is not sorted, overlaps, is empty somewhere or wraps the host address space. */
+int iova_table_check(const struct iova_table *table);
+
+/*
+ * Translate [iova, iova+length) into at most `room` pieces. Returns their number, or -EFAULT (some byte is not
+ * mapped), -EACCES (mapped, but not with `access`), -ENOBUFS (more pieces than room). length 0 gives 0 pieces.
+ */
+int iova_translate(const struct iova_table *table, uint64_t iova, uint64_t length, uint32_t access,
+                   struct vb_iov *out, uint32_t room);
+
+/* ---- vring_split.c: a split virtqueue, device side ------------------------------------------------------------- */
+
+enum { VRING_CHAIN_MAX = 260, VRING_NUM_MAX = 32768 };
+
+enum vring_pop_result { VRING_EMPTY = 0, VRING_CHAIN = 1, VRING_BROKEN = -1, VRING_UNMAPPED = -2 };
+
+/* Why a ring was declared broken; the worker turns it into a sentence. */
+enum vring_fault {
+    VRING_OK = 0,
+    VRING_FAULT_AVAIL_IDX,    /* avail.idx ran further ahead than the ring is long */
+    VRING_FAULT_HEAD,         /* a head beyond the ring, or one that is still in flight */
+    VRING_FAULT_NEXT,         /* a `next` beyond the table */
+    VRING_FAULT_LOOP,         /* a chain longer than its table */
+    VRING_FAULT_LONG,         /* a chain of more than VRING_CHAIN_MAX buffers */
+    VRING_FAULT_ORDER,        /* a device-readable buffer behind a device-writable one */
+    VRING_FAULT_INDIRECT,     /* an indirect table that is nested, chained, empty, ragged or not negotiated */
+    VRING_FAULT_INDIRECT_MAP, /* an indirect table in memory that is not mapped */
+    VRING_FAULT_RING_MAP,     /* the ring itself is not mapped, misaligned or in pieces */
+    VRING_FAULT_MEMORY        /* touching mapped memory raised SIGBUS */
+};
+
+struct vring_seg {
+    uint64_t iova;
+    uint32_t length;
+    uint32_t writable;
+};
+
+struct vring_chain {
+    uint16_t head;
+    uint16_t count;
+    uint16_t readable; /* the first `readable` segments are device-readable, the rest device-writable */
+    uint16_t reserved;
+    struct vring_seg segs[260];
+};
+
+/* ---- vblk.c: virtio-blk requests ------------------------------------------------------------------------------- */
+
+enum vblk_op {
+    VBLK_READ = 0,
+    VBLK_WRITE,
+    VBLK_FLUSH,
+    VBLK_DISCARD,
+    VBLK_WRITE_ZEROES,
+    VBLK_GET_ID,
+    VBLK_OTHER, /* unknown or malformed: only counted */
+    VBLK_OPS
+};
+
+enum vblk_status { VBLK_S_OK = 0, VBLK_S_IOERR = 1, VBLK_S_UNSUPP = 2 };
+
+enum { VBLK_SERIAL_SIZE = 20, VBLK_RANGES_MAX = 32, VBLK_SECTOR = 512 };
+
+/* What the disk accepts. `capacity` is stored by control and loaded by queue atomically; the rest is constant. */
+struct vblk_rules {
+    uint64_t capacity;   /* bytes */
+    uint32_t block_size; /* logical block, bytes */
+    uint8_t read_only;
+    uint8_t discard;
+    uint8_t write_zeroes;
+    uint8_t reserved;
+    uint32_t max_discard_sectors;      /* per range */
+    uint32_t max_write_zeroes_sectors; /* per range */
+    uint32_t max_ranges;               /* per request, <= VBLK_RANGES_MAX */
+    char serial[20];
+};
+
+struct vblk_range {
+    uint64_t offset; /* bytes */
+    uint64_t length; /* bytes */
+    uint32_t unmap;
+    uint32_t reserved;
+};
+
+/* ---- queue.c, engine.c: serving a virtqueue -------------------------------------------------------------------- */
+
+enum vb_target_kind { VB_TARGET_NONE = 0, VB_TARGET_FILE, VB_TARGET_MEMORY, VB_TARGET_NULL };
+enum vb_notify_kind { VB_NOTIFY_EVENTFD = 0, VB_NOTIFY_VDUSE };
+enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC };
+
+/* How C serves the storage without Python. The file descriptor stays the caller's and must outlive the queue. */
+struct vb_target {
+    uint32_t kind;            /* enum vb_target_kind */
+    int32_t fd;               /* FILE */
+    uint32_t is_block_device; /* FILE */
+    uint32_t io_mode;         /* FILE: enum vb_io_mode */
+    uint64_t address;         /* MEMORY: host address of byte 0 */
+    uint64_t size;            /* MEMORY: bytes */
+};
+
+struct vb_queue_config {
+    uint32_t index;
+    uint32_t num; /* ring entries, a power of two */
+    uint64_t desc_iova;
+    uint64_t avail_iova;
+    uint64_t used_iova;
+    uint32_t last_avail; /* where to start popping */
+    uint8_t event_idx;   /* VIRTIO_F_EVENT_IDX negotiated */
+    uint8_t indirect;    /* VIRTIO_F_INDIRECT_DESC negotiated */
+    uint16_t seg_max;    /* data segments per request the device promised to accept */
+    int32_t kick_fd;     /* eventfd, driver -> device */
+    int32_t notify_fd;   /* eventfd or VDUSE device, device -> driver */
+    uint32_t notify_kind;
+    int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
+    uint32_t batch;   /* requests per publish, 0 = default */
+};
+
+enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };
+
+/* One writer, the queue; read by anybody at any time, each field on its own. */
+struct vb_counters {
+    uint64_t ops[7];     /* completed, by enum vblk_op */
+    uint64_t bytes[7];   /* of requests completed with OK, by enum vblk_op */
+    uint64_t errors[7];  /* completed with IOERR, by enum vblk_op */
+    uint64_t unsupported;
+    uint64_t malformed;  /* requests whose framing broke the rules */
+    uint64_t wakeups;    /* returns from sleep */
+    uint64_t submits;    /* io_uring_enter or equivalent */
+    uint64_t publishes;  /* used.idx updates */
+    uint64_t notifies;   /* interrupts raised */
+    uint64_t misses;     /* IOVA ranges asked of control */
+    uint64_t inflight;   /* popped and not yet pushed */
+};
+
+struct vb_queue; /* opaque */
+
+/* What control may ask a queue: a consistent enough picture for events, exact for each field. */
+struct vb_view {
+    uint32_t state;            /* enum vb_state */
+    uint32_t fault;            /* enum vring_fault */
+    uint32_t table_generation; /* the newest table the queue has adopted */
+    uint32_t missing;          /* nonzero: the queue waits for [miss_start, miss_last] to be looked up */
+    uint64_t miss_start;
+    uint64_t miss_last;
+    int32_t error; /* errno of an engine failure, 0 = none */
+    uint32_t last_avail;
+};
+
+/* NULL with *error = errno. `rules` and every published table must outlive the queue. */
+struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_rules *rules,
+                              const struct iova_table *table, int *error);
+void vb_queue_free(struct vb_queue *queue);
+const struct vb_counters *vb_queue_counters(const struct vb_queue *queue);
+void vb_queue_view(const struct vb_queue *queue, struct vb_view *view);
+
+/* Control: publish a table; the queue adopts it at its next chunk. */
+void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table);
+/* Control: look again (after new table, or to rescan the ring). */
+void vb_queue_wake(struct vb_queue *queue);
+/* Control: change the size of the disk, in bytes; seen by every request popped afterwards. */
+void vblk_set_capacity(struct vblk_rules *rules, uint64_t capacity);
+
+/* Native: a C thread serves the queue. 0 or -errno. */
+int vb_engine_start(struct vb_queue *queue, const struct vb_target *target);
+/* Native: pop nothing more, wait until nothing is in flight, join. Never returns early: memory may be unmapped afterwards. */
+void vb_engine_stop(struct vb_queue *queue);
+
+/* Plugin: one request as Python sees it. */
+struct vb_item {
+    uint16_t head;
+    uint16_t op; /* enum vblk_op: READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES */
+    uint32_t iov_count;
+    uint64_t offset;
+    uint64_t length;
+    const struct vb_iov *iov;         /* READ, WRITE */
+    const struct vblk_range *ranges;  /* DISCARD, WRITE_ZEROES */
+    uint64_t range_count;
+};
+struct vb_done {
+    uint16_t head;
+    uint16_t status; /* enum vblk_status */
+};
+
+/*
+ * Plugin: pop and parse up to `room` requests; those that need no storage are answered on the way. Returns their
+ * number; 0 = nothing to do and kicks are enabled again (or the queue waits for a table, or is broken: see the view).
+ */
+int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room);
+/* Plugin: answer, publish once, notify at most once. 0, or -EINVAL for a head that is not in flight (nothing is done for it). */
+int vb_queue_complete(struct vb_queue *queue, const struct vb_done *done, uint32_t count);
+
+/* ---- mapping.c -------------------------------------------------------------------------------------------------- */
+
+/* Map `length` bytes of fd from `offset` (page-aligned), shared, and guard the range. NULL with *error = errno. */
+void *mapping_map(int fd, uint64_t offset, uint64_t length, int writable, int *error);
+void mapping_unmap(void *address, uint64_t length);
+/* Install the SIGBUS guard of this process, once. 0 or -errno. */
+int mapping_guard_install(void);
+/* SIGBUSes survived since the start; a queue that sees it change declares itself broken. */
+uint64_t mapping_faults(void);
+
+/* 1 if io_uring works in this process, else the negative errno that says why not. */
+int vb_uring_probe(void);

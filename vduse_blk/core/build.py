@@ -1,0 +1,43 @@
+"""Build description of the C core for cffi: the declarations Python sees are the text of ``api.h`` itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = (
+    "iova.c",
+    "vring_split.c",
+    "vblk.c",
+    "queue.c",
+    "mapping.c",
+    "uring.c",
+    "target_file.c",
+    "target_memory.c",
+    "engine.c",
+)
+
+
+def declarations() -> str:
+    """``api.h`` without its preprocessor lines."""
+    text = (HERE / "api.h").read_text(encoding="ascii")
+    return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+
+
+ffi = FFI()
+ffi.cdef(declarations())
+ffi.set_source(
+    "vduse_blk.core._core",
+    '#include "api.h"\n',
+    # Relative: setuptools wants sources inside the tree, and builds run from its top.
+    sources=[os.path.relpath(HERE / name) for name in SOURCES],
+    include_dirs=[os.path.relpath(HERE)],
+    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h")],
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing"],
+    extra_link_args=["-pthread"],
+    py_limited_api=True,
+)

@@ -1,0 +1,193 @@
+/* What the C files share among themselves and Python does not see. */
+#ifndef VDUSE_BLK_CORE_H
+#define VDUSE_BLK_CORE_H
+
+#include "api.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/types.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1.x is little-endian and no byte is swapped here");
+
+/* Guest memory is read and written through these: once, whole, never re-read by the compiler. */
+#define GUEST_LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define GUEST_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+
+/* ---- split ring ---- */
+
+struct vring_desc { /* virtio 1.3, 2.7.5 */
+    uint64_t addr;
+    uint32_t len;
+    uint16_t flags;
+    uint16_t next;
+};
+struct vring_avail { /* 2.7.6; ring[num] is used_event */
+    uint16_t flags;
+    uint16_t idx;
+    uint16_t ring[];
+};
+struct vring_used_elem {
+    uint32_t id;
+    uint32_t len;
+};
+struct vring_used { /* 2.7.8; the u16 behind ring[num] is avail_event */
+    uint16_t flags;
+    uint16_t idx;
+    struct vring_used_elem ring[];
+};
+_Static_assert(sizeof(struct vring_desc) == 16, "split descriptor");
+_Static_assert(sizeof(struct vring_used_elem) == 8, "used element");
+
+/* Owner: the queue thread. Indices are free-running, as on the wire. */
+struct vring {
+    struct vring_desc *desc;
+    struct vring_avail *avail;
+    struct vring_used *used;
+    uint16_t num; /* power of two */
+    uint16_t mask;
+    uint16_t last_avail;  /* next avail entry to pop */
+    uint16_t seen_avail;  /* avail.idx as last read */
+    uint16_t used_idx;    /* next used slot to fill */
+    uint16_t published;   /* used.idx as the driver sees it */
+    uint16_t notified;    /* used.idx at the last decision about an interrupt */
+    bool notified_valid;  /* false until the first decision: that one always notifies */
+    bool event_idx;
+    bool indirect;
+    uint8_t fault; /* enum vring_fault; once set nothing more is popped */
+};
+
+/*
+ * The memory behind the three areas must be mapped for 16*num, 6+2*num and 6+8*num bytes. `used_idx` continues where
+ * used.idx stands.
+ */
+void vring_init(struct vring *ring, uint16_t num, void *desc, void *avail, void *used, bool event_idx, bool indirect,
+                uint16_t last_avail);
+/* Re-point a ring at memory that moved; indices stay. */
+void vring_rebind(struct vring *ring, void *desc, void *avail, void *used);
+/*
+ * CHAIN: *chain is filled and the entry is consumed. EMPTY: nothing there. BROKEN: ring->fault says why, for good.
+ * UNMAPPED: the indirect table at *unmapped is not in the table; the entry is NOT consumed.
+ */
+enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
+                                struct vring_seg *unmapped);
+/* Give back the entry just popped (its memory is not mapped yet): the next pop returns it again. */
+void vring_unpop(struct vring *ring);
+void vring_push(struct vring *ring, uint16_t head, uint32_t length);
+/* Make the pushed entries visible; returns how many there were. */
+uint16_t vring_publish(struct vring *ring);
+/* Must the driver be interrupted for what was published since the last call? */
+bool vring_must_notify(struct vring *ring);
+/* Ask for kicks; true = entries arrived meanwhile, do not sleep. */
+bool vring_enable_kick(struct vring *ring);
+void vring_disable_kick(struct vring *ring);
+/* Entries the driver has made available and we have not popped, at most num. */
+uint16_t vring_pending(struct vring *ring);
+
+/* ---- requests ---- */
+
+struct vblk_req {
+    uint16_t head;
+    uint8_t op; /* enum vblk_op */
+    bool busy;  /* popped and not yet pushed */
+    uint8_t status;
+    uint8_t unaligned_tail;
+    uint16_t iov_count;
+    uint32_t used_length; /* what the used ring will say when the status byte is reachable */
+    uint32_t range_count;
+    uint64_t offset;
+    uint64_t length;
+    uint8_t *status_byte; /* NULL: unreachable */
+    struct vb_iov *iov;   /* arena, iov_room pieces */
+    uint32_t iov_room;
+    struct vblk_range *ranges; /* arena, VBLK_RANGES_MAX */
+    /* execution, owned by the target */
+    uint32_t step;      /* first iov piece or range not yet done */
+    uint64_t progress;  /* bytes done of the whole (read, write) or of the present range */
+    uint8_t phase;      /* target's own */
+};
+
+enum vblk_verdict {
+    VBLK_SUBMIT = 1,    /* go and do it */
+    VBLK_ANSWERED = 0,  /* req->status holds the answer already */
+    VBLK_UNMAPPED = -1  /* *unmapped is not in the table; nothing was written */
+};
+
+enum vblk_verdict vblk_parse(const struct vblk_rules *rules, const struct vring_chain *chain,
+                             const struct iova_table *table, struct vblk_req *req, struct vring_seg *unmapped);
+/* The one completion path: writes the status byte, returns the used length. A failed read is zero-filled first. */
+uint32_t vblk_finish(struct vblk_req *req, enum vblk_status status);
+bool vblk_malformed(const struct vblk_req *req);
+enum vblk_status vblk_status_of_errno(int error);
+
+/* ---- queue ---- */
+
+struct vb_queue {
+    struct vb_queue_config config;
+    struct vblk_rules *rules;
+    const struct iova_table *table; /* queue */
+    _Atomic(const struct iova_table *) table_next; /* control publishes, queue adopts */
+    struct vring ring;
+    bool bound;           /* queue: the ring's memory is in `table` */
+    uint64_t faults_seen; /* queue: mapping_faults() when it last looked */
+    struct vblk_req *reqs;      /* num, indexed by head */
+    struct vb_iov *iov_arena;   /* num * iov_room */
+    struct vblk_range *range_arena;
+    uint32_t iov_room;
+    uint32_t inflight; /* queue: equals pops minus pushes; if it drifts, stop never ends */
+    struct vb_counters counters;
+    struct vring_chain chain; /* queue: scratch, 4 KiB, too large for comfort on a stack */
+    struct vring_seg missed;  /* queue: what the last miss asked for */
+    uint32_t missed_generation;
+    bool missed_valid;
+    int wake_fd;
+    /* read by control */
+    _Atomic uint32_t state;
+    _Atomic uint32_t fault;
+    _Atomic uint32_t table_generation;
+    _Atomic uint32_t missing;
+    _Atomic uint64_t miss_start;
+    _Atomic uint64_t miss_last;
+    _Atomic int32_t error;
+    _Atomic bool stopping;
+    struct vb_engine *engine;
+};
+
+/* Adopt a newer table if one is published and may be adopted now. False: do not pop (unmapped, draining or broken). */
+bool queue_ready(struct vb_queue *queue);
+/*
+ * Pop and parse one request. Returns it when storage must be asked; NULL otherwise with *more telling whether another call
+ * makes sense (an answered request, say) or not (empty, broken, waiting for control).
+ */
+struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more);
+/* Finish and push one request; the driver sees it at the next queue_publish. */
+void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status status);
+/* Publish and, if the driver wants it, notify. */
+void queue_publish(struct vb_queue *queue);
+void queue_break(struct vb_queue *queue, enum vring_fault fault);
+void queue_post_event(struct vb_queue *queue);
+
+/* ---- targets: each starts a request; those that finish at once return their result, others report later ---- */
+
+enum { TARGET_PENDING = 1 };
+
+struct uring;
+struct target_file {
+    int fd;
+    bool is_block_device;
+    bool no_zero_range; /* learnt: fallocate(ZERO_RANGE) is not supported, write zeros instead */
+    bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
+};
+
+/* Serve one request by plain system calls. 0 or -errno. */
+int target_file_sync(struct target_file *file, struct vblk_req *req);
+/* Prepare the next step of a request. 1 = an SQE was filled, 0 = the request is complete, -errno = it failed. */
+int target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
+/* Take in the result of the step. Same returns as prepare: 1 = prepare again, 0 = complete, -errno = failed. */
+int target_file_advance(struct target_file *file, struct vblk_req *req, int result);
+/* Memory and null: 0 or -errno. */
+int target_memory(const struct vb_target *target, struct vblk_req *req);
+int target_null(struct vblk_req *req);
+
+#endif

@@ -1,0 +1,188 @@
+"""What every queue driver takes, promises and shows."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vduse_blk.block.contract import BlockInfo, Support
+from vduse_blk.core._core import ffi, lib
+from vduse_blk.queue.iova import IovaMap
+
+_OPS = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "other")
+"""Names of ``enum vblk_op``, in its order."""
+
+_FAULTS = {
+    lib.VRING_FAULT_AVAIL_IDX: "avail.idx runs further ahead than the ring is long",
+    lib.VRING_FAULT_HEAD: "a head beyond the ring, or one that is in flight already",
+    lib.VRING_FAULT_NEXT: "a descriptor's next field points beyond its table",
+    lib.VRING_FAULT_LOOP: "a descriptor chain longer than its table",
+    lib.VRING_FAULT_LONG: "a descriptor chain of more buffers than the device accepts",
+    lib.VRING_FAULT_ORDER: "a device-readable buffer behind a device-writable one",
+    lib.VRING_FAULT_INDIRECT: "an indirect descriptor table that breaks the rules",
+    lib.VRING_FAULT_INDIRECT_MAP: "an indirect descriptor table in unmapped memory",
+    lib.VRING_FAULT_RING_MAP: "the ring's memory is not mapped, or misaligned",
+    lib.VRING_FAULT_MEMORY: "mapped memory vanished (SIGBUS)",
+}
+
+
+class QueueState(enum.IntEnum):
+    """Mirror of ``enum vb_state``."""
+
+    IDLE = lib.VB_IDLE
+    RUNNING = lib.VB_RUNNING
+    BROKEN = lib.VB_BROKEN
+    STOPPED = lib.VB_STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSetup:
+    """A virtqueue as the transport learnt it. ``num`` entries; addresses are IOVAs; the descriptors stay the caller's.
+
+    ``notify_vduse``: ``notify_fd`` is a VDUSE device (inject an interrupt), otherwise an eventfd.
+    ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
+    """
+
+    index: int
+    num: int
+    desc: int
+    avail: int
+    used: int
+    kick_fd: int
+    notify_fd: int
+    notify_vduse: bool
+    event_fd: int
+    event_idx: bool
+    indirect: bool
+    seg_max: int
+    last_avail: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """A queue's condition at one moment. ``missing`` is the IOVA range (start, last) it waits for."""
+
+    state: QueueState
+    fault: str | None
+    missing: tuple[int, int] | None
+    table_generation: int
+    error: int
+
+
+class DiskRules:
+    """What requests a disk accepts: the C side's ``struct vblk_rules``, shared by all its queues."""
+
+    def __init__(
+        self, info: BlockInfo, *, max_discard: int, max_write_zeroes: int, max_ranges: int
+    ) -> None:
+        """``max_discard``, ``max_write_zeroes``: bytes per range; ``max_ranges``: ranges per request."""
+        self.c: Any = ffi.new("struct vblk_rules *")
+        self.c.capacity = info.size
+        self.c.block_size = info.logical_block_size
+        self.c.read_only = info.read_only
+        self.c.discard = info.discard is not Support.NONE
+        self.c.write_zeroes = info.write_zeroes is not Support.NONE
+        self.c.max_discard_sectors = max_discard // lib.VBLK_SECTOR
+        self.c.max_write_zeroes_sectors = max_write_zeroes // lib.VBLK_SECTOR
+        self.c.max_ranges = max_ranges
+        serial = info.serial.encode("ascii", "replace")[: lib.VBLK_SERIAL_SIZE]
+        ffi.memmove(self.c.serial, serial, len(serial))
+
+    def set_capacity(self, size: int) -> None:
+        """Bytes; seen by every request popped afterwards. Any thread."""
+        lib.vblk_set_capacity(self.c, size)
+
+
+class Queue(Protocol):
+    """Start, stop, look. All calls come from the control thread of the device unless they say otherwise."""
+
+    index: int
+
+    def start(self, setup: QueueSetup, iova: IovaMap) -> None:
+        """Serve the virtqueue. Raises OSError if the engine cannot start."""
+
+    def stop(self) -> None:
+        """Pop nothing more; returns when nothing is in flight and no memory of the driver is touched any more."""
+
+    def set_table(self, table: Any) -> None:
+        """A new IOVA table is published."""
+
+    def is_running(self) -> bool:
+        """Between start and stop. Any thread."""
+
+    def view(self) -> QueueView:
+        """Any thread."""
+
+    def counters(self) -> dict[str, int]:
+        """Any thread. Keys: see docs; all are totals since start but ``inflight``."""
+
+
+class CoreQueue:
+    """The part both drivers share: the C queue object's life and what can be read off it."""
+
+    def __init__(self, index: int, rules: DiskRules) -> None:
+        self.index = index
+        self._rules = rules
+        self._c: Any = None
+        self._iova: IovaMap | None = None
+        self._running = False
+        self._last_counters: dict[str, int] = {}
+
+    def _create(self, setup: QueueSetup, iova: IovaMap) -> None:
+        config = ffi.new("struct vb_queue_config *")
+        config.index, config.num = setup.index, setup.num
+        config.desc_iova, config.avail_iova, config.used_iova = setup.desc, setup.avail, setup.used
+        config.last_avail = setup.last_avail
+        config.event_idx, config.indirect = setup.event_idx, setup.indirect
+        config.seg_max = setup.seg_max
+        config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
+        config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
+        config.batch = setup.batch
+        error = ffi.new("int *")
+        created = lib.vb_queue_new(config, self._rules.c, iova.table, error)
+        if not created:
+            raise OSError(error[0], f"queue {setup.index} of {setup.num} entries cannot be set up")
+        self._c = created
+        self._iova = iova
+
+    def _destroy(self) -> None:
+        if self._c is not None:
+            self._last_counters = self.counters()
+            lib.vb_queue_free(self._c)
+            self._c = None
+        self._iova = None
+
+    def is_running(self) -> bool:
+        return self._running
+
+    def set_table(self, table: Any) -> None:
+        lib.vb_queue_set_table(self._c, table)
+
+    def view(self) -> QueueView:
+        if self._c is None:
+            return QueueView(QueueState.STOPPED, None, None, 0, 0)
+        view = ffi.new("struct vb_view *")
+        lib.vb_queue_view(self._c, view)
+        return QueueView(
+            state=QueueState(view.state),
+            fault=_FAULTS.get(view.fault),
+            missing=(view.miss_start, view.miss_last) if view.missing else None,
+            table_generation=view.table_generation,
+            error=view.error,
+        )
+
+    def counters(self) -> dict[str, int]:
+        if self._c is None:
+            return dict(self._last_counters)
+        c = lib.vb_queue_counters(self._c)
+        result: dict[str, int] = {}
+        for i, op in enumerate(_OPS):
+            result[f"{op}_ops"] = c.ops[i]
+            result[f"{op}_errors"] = c.errors[i]
+        for op in ("read", "write", "discard", "write_zeroes"):
+            result[f"{op}_bytes"] = c.bytes[_OPS.index(op)]
+        for name in ("unsupported", "malformed", "wakeups", "submits", "publishes", "notifies", "misses", "inflight"):
+            result[name] = getattr(c, name)
+        return result

@@ -1,0 +1,190 @@
+"""Where the driver's memory is in this process.
+
+An ``IovaMap`` owns the mappings of one device and publishes immutable tables of them to the device's queues. It
+has one owner thread, the *control* thread of the device (for VDUSE the thread that answers the kernel); queues only ever
+see tables.
+
+Adding is free: a queue adopts the larger table when it next looks. Removing is a hand-over: the new table is
+marked "drain", each queue adopts it only with nothing in flight, and only when all have done so is the memory unmapped.
+Violating that order would let an I/O in flight land in memory that is gone, or is somebody else's by then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vduse_blk.core._core import ffi, lib
+
+if TYPE_CHECKING:
+    from vduse_blk.queue.base import Queue
+
+READ = int(lib.IOVA_READ)
+WRITE = int(lib.IOVA_WRITE)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE."""
+
+    start: int
+    last: int
+    host: int
+    access: int
+    owned: bool = False
+    map_address: int = 0
+    map_length: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.last - self.start + 1
+
+
+class IovaMap:
+    """The mappings of one device. Control thread only."""
+
+    def __init__(self) -> None:
+        self._regions: dict[int, Region] = {}
+        self._queues: list[Queue] = []
+        self._generation = 0
+        self._tables: list[Any] = []  # every table a queue may still look at
+        self._publish(drain=False)
+        if lib.mapping_guard_install() < 0:
+            raise OSError(errno.EINVAL, "cannot install the SIGBUS guard")
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Sorted by ``start``."""
+        return tuple(self._regions[start] for start in sorted(self._regions))
+
+    @property
+    def table(self) -> Any:
+        """The present table, ``struct iova_table *``."""
+        return self._tables[-1]
+
+    @property
+    def generation(self) -> int:
+        """Of the present table; grows with every change."""
+        return self._generation
+
+    def find(self, iova: int) -> Region | None:
+        """The region that holds ``iova``."""
+        for region in self._regions.values():
+            if region.start <= iova <= region.last:
+                return region
+        return None
+
+    def overlaps(self, start: int, last: int) -> bool:
+        """Whether any byte of [start, last] is mapped."""
+        return any(r.start <= last and start <= r.last for r in self._regions.values())
+
+    def add_fd(self, fd: int, *, start: int, last: int, offset: int, access: int) -> Region:
+        """Map [start, last] from ``offset`` of ``fd`` (which the caller may close afterwards) and publish it.
+
+        Raises OSError: EEXIST for an overlap, or what mmap said.
+        """
+        self._check_free(start, last)
+        page = os.sysconf("SC_PAGESIZE")
+        skip = offset % page
+        length = last - start + 1 + skip
+        error = ffi.new("int *")
+        address = lib.mapping_map(fd, offset - skip, length, int(bool(access & WRITE)), error)
+        if not address:
+            raise OSError(error[0], f"mmap of IOVA {start:#x}-{last:#x}: {os.strerror(error[0])}")
+        base = int(ffi.cast("uintptr_t", address))
+        return self._add(Region(start, last, base + skip, access, True, base, length))
+
+    def add_memory(self, *, start: int, last: int, host: int, access: int = READ | WRITE) -> Region:
+        """Publish memory of this process at address ``host``; it stays the caller's. Raises OSError(EEXIST)."""
+        self._check_free(start, last)
+        return self._add(Region(start, last, host, access))
+
+    def renew(self) -> None:
+        """Publish the same regions as a new generation: the answer "there is no such memory" to a queue's miss."""
+        self._publish(drain=False)
+
+    def remove(self, start: int = 0, last: int = 2**64 - 1, *, timeout: float | None = None) -> None:
+        """Unmap every region that overlaps [start, last]; returns when nothing in flight can touch it.
+
+        Raises TimeoutError (with everything still mapped) if a queue does not let go within ``timeout`` seconds.
+        """
+        gone = [r for r in self._regions.values() if r.start <= last and start <= r.last]
+        if not gone:
+            return
+        for region in gone:
+            del self._regions[region.start]
+        self._publish(drain=True)
+        try:
+            self._wait(timeout)
+        except TimeoutError:
+            for region in gone:
+                self._regions[region.start] = region
+            self._publish(drain=False)
+            raise
+        for region in gone:
+            self._unmap(region)
+
+    def close(self) -> None:
+        """Unmap everything. Every queue must have been detached by then."""
+        if self._queues:
+            raise RuntimeError("queues still use the map")
+        for region in self._regions.values():
+            self._unmap(region)
+        self._regions.clear()
+        self._publish(drain=False)
+        del self._tables[:-1]
+
+    def attach(self, queue: Queue) -> None:
+        """Publish future tables to ``queue`` (it starts with the present one)."""
+        self._queues.append(queue)
+
+    def detach(self, queue: Queue) -> None:
+        """The queue has stopped and looks at no table any more."""
+        self._queues.remove(queue)
+        if not self._queues:
+            del self._tables[:-1]
+
+    def _check_free(self, start: int, last: int) -> None:
+        if not 0 <= start <= last < 2**64:
+            raise OSError(errno.EINVAL, f"IOVA {start:#x}-{last:#x} is no range")
+        if self.overlaps(start, last):
+            raise OSError(errno.EEXIST, f"IOVA {start:#x}-{last:#x} overlaps a mapping")
+
+    def _add(self, region: Region) -> Region:
+        self._regions[region.start] = region
+        self._publish(drain=False)
+        return region
+
+    def _publish(self, *, drain: bool) -> None:
+        regions = self.regions
+        self._generation += 1
+        table = ffi.new("struct iova_table *", {"regions": len(regions)})
+        table.count = len(regions)
+        table.generation = self._generation
+        table.drain = int(drain)
+        for slot, region in zip(table.regions, regions, strict=False):
+            slot.start, slot.last, slot.host, slot.access = region.start, region.last, region.host, region.access
+        if lib.iova_table_check(table) != 0:
+            raise OSError(errno.EINVAL, "inconsistent IOVA table")
+        self._tables.append(table)
+        for queue in self._queues:
+            queue.set_table(table)
+
+    def _wait(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.0002
+        for queue in self._queues:
+            while queue.view().table_generation < self._generation and queue.is_running():
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"queue {queue.index} still has requests in flight")
+                # A hand-over happens a few times in a device's life and ends within microseconds of its last I/O.
+                time.sleep(pause)
+                pause = min(pause * 2, 0.02)
+
+    @staticmethod
+    def _unmap(region: Region) -> None:
+        if region.owned:
+            lib.mapping_unmap(ffi.cast("void *", region.map_address), region.map_length)
