@@ -126,6 +126,7 @@ struct vblk_range {
 
 enum vb_target_kind { VB_TARGET_NONE = 0, VB_TARGET_FILE, VB_TARGET_MEMORY, VB_TARGET_NULL };
 enum vb_notify_kind { VB_NOTIFY_EVENTFD = 0, VB_NOTIFY_VDUSE };
+enum { VB_RESUME = 0x10000 };
 enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC };
 
 /* How C serves the storage without Python. The file descriptor stays the caller's and must outlive the queue. */
@@ -144,7 +145,7 @@ struct vb_queue_config {
     uint64_t desc_iova;
     uint64_t avail_iova;
     uint64_t used_iova;
-    uint32_t last_avail; /* where to start popping */
+    uint32_t last_avail; /* where to start popping; VB_RESUME: where the used ring stands */
     uint8_t event_idx;   /* VIRTIO_F_EVENT_IDX negotiated */
     uint8_t indirect;    /* VIRTIO_F_INDIRECT_DESC negotiated */
     uint16_t seg_max;    /* data segments per request the device promised to accept */

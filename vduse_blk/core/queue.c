@@ -54,7 +54,7 @@ static void *arena(size_t bytes)
 static bool config_is_sane(const struct vb_queue_config *config, const struct vblk_rules *rules)
 {
     return config->num >= 2 && config->num <= VRING_NUM_MAX && (config->num & (config->num - 1)) == 0 &&
-           config->seg_max >= 1 && config->seg_max <= VRING_CHAIN_MAX - 2 && config->last_avail <= UINT16_MAX &&
+           config->seg_max >= 1 && config->seg_max <= VRING_CHAIN_MAX - 2 && config->last_avail <= VB_RESUME &&
            rules->max_ranges >= 1 && rules->max_ranges <= VBLK_RANGES_MAX && rules->block_size >= VBLK_SECTOR &&
            rules->block_size % VBLK_SECTOR == 0;
 }
@@ -153,9 +153,10 @@ static bool bind_ring(struct vb_queue *queue)
     void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
     if (!desc || !avail || !used)
         return false;
+    const struct vring_used *ring_used = used;
+    uint16_t first = config->last_avail == VB_RESUME ? GUEST_LOAD(&ring_used->idx) : (uint16_t)config->last_avail;
     if (queue->ring.num == 0)
-        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect,
-                   (uint16_t)config->last_avail);
+        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
     else
         vring_rebind(&queue->ring, desc, avail, used);
     return true;

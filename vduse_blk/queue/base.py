@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ class QueueSetup:
 
     ``notify_vduse``: ``notify_fd`` is a VDUSE device (inject an interrupt), otherwise an eventfd.
     ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
+    ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
     """
 
     index: int
@@ -56,7 +58,7 @@ class QueueSetup:
     event_idx: bool
     indirect: bool
     seg_max: int
-    last_avail: int = 0
+    last_avail: int | None = 0
     batch: int = 0
 
 
@@ -103,8 +105,9 @@ class Queue(Protocol):
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
         """Serve the virtqueue. Raises OSError if the engine cannot start."""
 
-    def stop(self) -> None:
-        """Pop nothing more; returns when nothing is in flight and no memory of the driver is touched any more."""
+    def stop(self) -> int:
+        """Pop nothing more; returns, when nothing is in flight and no memory of the driver is touched any more, the next
+        avail index."""
 
     def set_table(self, table: Any) -> None:
         """A new IOVA table is published."""
@@ -128,13 +131,14 @@ class CoreQueue:
         self._c: Any = None
         self._iova: IovaMap | None = None
         self._running = False
+        self._lock = threading.Lock()  # other threads look (view, counters) while control frees
         self._last_counters: dict[str, int] = {}
 
     def _create(self, setup: QueueSetup, iova: IovaMap) -> None:
         config = ffi.new("struct vb_queue_config *")
         config.index, config.num = setup.index, setup.num
         config.desc_iova, config.avail_iova, config.used_iova = setup.desc, setup.avail, setup.used
-        config.last_avail = setup.last_avail
+        config.last_avail = lib.VB_RESUME if setup.last_avail is None else setup.last_avail
         config.event_idx, config.indirect = setup.event_idx, setup.indirect
         config.seg_max = setup.seg_max
         config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
@@ -147,12 +151,15 @@ class CoreQueue:
         self._c = created
         self._iova = iova
 
-    def _destroy(self) -> None:
-        if self._c is not None:
-            self._last_counters = self.counters()
+    def _destroy(self) -> int:
+        """Free the C queue; returns its next avail index. Counters stay readable."""
+        view = ffi.new("struct vb_view *")
+        with self._lock:
+            lib.vb_queue_view(self._c, view)
+            self._last_counters = self._read_counters()
             lib.vb_queue_free(self._c)
-            self._c = None
-        self._iova = None
+            self._c = self._iova = None
+        return int(view.last_avail)
 
     def is_running(self) -> bool:
         return self._running
@@ -161,10 +168,11 @@ class CoreQueue:
         lib.vb_queue_set_table(self._c, table)
 
     def view(self) -> QueueView:
-        if self._c is None:
-            return QueueView(QueueState.STOPPED, None, None, 0, 0)
         view = ffi.new("struct vb_view *")
-        lib.vb_queue_view(self._c, view)
+        with self._lock:
+            if self._c is None:
+                return QueueView(QueueState.STOPPED, None, None, 0, 0)
+            lib.vb_queue_view(self._c, view)
         return QueueView(
             state=QueueState(view.state),
             fault=_FAULTS.get(view.fault),
@@ -174,8 +182,10 @@ class CoreQueue:
         )
 
     def counters(self) -> dict[str, int]:
-        if self._c is None:
-            return dict(self._last_counters)
+        with self._lock:
+            return self._read_counters() if self._c is not None else dict(self._last_counters)
+
+    def _read_counters(self) -> dict[str, int]:
         c = lib.vb_queue_counters(self._c)
         result: dict[str, int] = {}
         for i, op in enumerate(_OPS):

@@ -13,9 +13,12 @@ _IO_MODES = {"auto": lib.VB_IO_AUTO, "uring": lib.VB_IO_URING, "sync": lib.VB_IO
 
 
 class NativeQueue(CoreQueue):
-    """``io_mode``: "auto" takes io_uring where it is allowed and pays; "uring" and "sync" insist (tests, doctor)."""
+    """``target`` None: every request is answered with an error.
 
-    def __init__(self, index: int, rules: DiskRules, target: NativeTarget, *, io_mode: str = "auto") -> None:
+    ``io_mode``: "auto" takes io_uring where it is allowed and pays; "uring" and "sync" insist (tests).
+    """
+
+    def __init__(self, index: int, rules: DiskRules, target: NativeTarget | None, *, io_mode: str = "auto") -> None:
         super().__init__(index, rules)
         self._target = ffi.new("struct vb_target *")
         match target:
@@ -29,6 +32,8 @@ class NativeQueue(CoreQueue):
                 self._target.address, self._target.size = target.address, target.size
             case NullTarget():
                 self._target.kind = lib.VB_TARGET_NULL
+            case None:
+                self._target.kind = lib.VB_TARGET_NONE
 
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
         self._create(setup, iova)
@@ -39,11 +44,9 @@ class NativeQueue(CoreQueue):
         self._running = True
         iova.attach(self)
 
-    def stop(self) -> None:
-        if not self._running:
-            return
+    def stop(self) -> int:
         assert self._iova is not None
         lib.vb_engine_stop(self._c)
         self._running = False
         self._iova.detach(self)
-        self._destroy()
+        return self._destroy()

@@ -73,14 +73,12 @@ class PluginQueue(CoreQueue):
         self._running = True
         iova.attach(self)
 
-    def stop(self) -> None:
-        if not self._running:
-            return
+    def stop(self) -> int:
         assert self._iova is not None
         self._on_loop(self._stop())
         self._running = False
         self._iova.detach(self)
-        self._destroy()
+        return self._destroy()
 
     def set_table(self, table: Any) -> None:
         super().set_table(table)

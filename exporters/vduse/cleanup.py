@@ -1,0 +1,111 @@
+"""Removing what a dead server left behind, at whatever step it died.
+
+What may be there: the VDUSE device; on it a vdpa device with a disk, perhaps with requests nobody will ever answer and with
+control messages nobody has answered; the stable link. A vdpa device cannot be deleted while its driver waits for
+answers, so somebody has to answer first: a ``DeviceServer`` whose queues fail every request.
+
+Runs in the process of whoever cleans up (``detach``, ``attach`` after a failure), never in a server.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from pyvduse.control import Control
+from pyvduse.device import Device
+from pyvduse.errors import VduseError
+from pyvduse.vdpa import Vdpa
+from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.errors import UserError
+from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.server import DeviceServer
+from vduse_blk.holders import Holder, holders_of
+from vduse_blk.queue import DiskRules, NativeQueue, Queue
+from vduse_blk.virtio import Feature, VirtioBlkDevice
+
+_BUSY = 4
+
+
+class DiskInUse(UserError):
+    """``holders`` says by whom."""
+
+    def __init__(self, message: str, holders: list[Holder]) -> None:
+        super().__init__(message, exit_code=_BUSY)
+        self.holders = holders
+
+
+def exists(name: str) -> bool:
+    """Whether the kernel has a VDUSE device of this name."""
+    return Path("/sys/class/vduse", name).exists()
+
+
+def check_unused(name: str) -> None:
+    """Raise DiskInUse if the disk of ``name`` is mounted or held by anybody."""
+    disk = kernel.find_disk(name)
+    if disk is None:
+        return
+    holders = holders_of(*kernel.disk_numbers(disk))
+    if holders:
+        raise DiskInUse(f"disk '{name}' (/dev/{disk}) is in use: {'; '.join(map(str, holders))}", holders)
+
+
+def remove_leftover(name: str, *, force: bool = False) -> bool:
+    """Remove the kernel objects of a disk whose server is dead; returns whether there were any.
+
+    Raises DiskInUse (exit 4) unless ``force``; UserError (exit 4) if a server still holds the device.
+    """
+    try:
+        return _remove_leftover(name, force)
+    except VduseError as error:
+        code = 5 if error.errno in (errno.EPERM, errno.EACCES) else 1
+        raise UserError(str(error), exit_code=code) from error
+
+
+def _remove_leftover(name: str, force: bool) -> bool:
+    if not exists(name):
+        kernel.remove_link(name)
+        return False
+    if not force:
+        check_unused(name)
+    try:
+        device = Device.open(name)
+    except VduseError as error:
+        if error.errno == errno.EBUSY:
+            raise UserError(
+                f"device '{name}' is still open in another process, which serves it or inherited its descriptor",
+                exit_code=_BUSY,
+            ) from error
+        raise
+    with device:
+        if kernel.vdpa_device(name).exists():
+            _delete(device)
+    with Control.open() as control:
+        control.destroy(name)
+    kernel.remove_link(name)
+    return True
+
+
+def _delete(device: Device) -> None:
+    nothing = BlockInfo(size=0)
+    virtio = VirtioBlkDevice(
+        nothing, num_queues=device.vq_count(), queue_size=256, transport=Feature.ACCESS_PLATFORM.mask
+    )
+    limits = virtio.limits
+    rules = DiskRules(
+        nothing,
+        max_discard=limits.max_discard,
+        max_write_zeroes=limits.max_write_zeroes,
+        max_ranges=limits.max_ranges,
+    )
+
+    def failing_queue(index: int, failing: bool) -> Queue:
+        return NativeQueue(index, rules, None)
+
+    server = DeviceServer(device, virtio, failing_queue, lambda sentence: None)
+    server.start(adopt=True)
+    try:
+        with Vdpa() as vdpa:
+            vdpa.dev_del(device.name)
+    finally:
+        server.stop()

@@ -1,0 +1,214 @@
+"""Attach and detach as transactions.
+
+Attach:  modules → created (node exists) → configured → served (messages are answered) → added (DEV_NEW done) → bound →
+disk found and usable → linked. Each step registers its undoing before the next begins; a failure anywhere undoes all, last
+first. Detach runs the same undoings in the same order. The words are also the names at which tests kill the process
+(see ``reached``); ``cleanup`` then removes what is left, from any of them.
+
+DEV_NEW and DEV_DEL block until the driver has probed or let go, which needs our own answers: they run on a thread of their
+own, never on the one that answers, nor on the loop that serves plugin queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from pyvduse.control import Control, DeviceConfig
+from pyvduse.device import Device
+from pyvduse.errors import VduseError
+from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.errors import UserError
+from vduse_blk.block.stack import Stack
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.server import DeviceServer
+from vduse_blk.queue import DiskRules, NativeQueue, PluginQueue, Queue
+from vduse_blk.virtio import Feature, VirtioBlkDevice
+
+log = logging.getLogger("vduse_blk.disk")
+
+_DEVICE_ID_BLOCK = 2
+_MSG_TIMEOUT = 120
+"""Seconds the kernel waits for an answer. Long, because running into it loses the device for good; finite, because a host
+with a dead server must still be able to shut down."""
+_MIB = 1 << 20
+
+
+def bounce_size(queues: int, queue_size: int) -> int:
+    """Bytes of bounce buffer: room for every request to be 64 KiB at once, within what the kernel allows (1 MiB to 1 GiB) and
+    what a single largest request needs several times over. Pages are allocated only when used."""
+    return max(64 * _MIB, min(1024 * _MIB, queues * queue_size * 64 * 1024))
+
+
+class VduseExporter(Exporter):
+    """The disk as ``/dev/vdX`` of this host."""
+
+    def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
+        super().__init__(stack, name, options)
+        self._loop = asyncio.get_running_loop()
+        self._undo = AsyncExitStack()
+        self._disk: str | None = None
+        self._server: DeviceServer | None = None
+        target = None if options.path == "plugin" else stack.native_target()
+        if target is None and options.path == "native":
+            raise UserError(
+                "path: 'native' is not possible, because this storage is served by Python; "
+                "accepted are 'auto' and 'plugin'",
+                exit_code=2,
+            )
+        self._target = target
+        self.path = "plugin" if target is None else "native"
+        self._virtio = VirtioBlkDevice(
+            stack.info,
+            num_queues=options.queues,
+            queue_size=options.queue_size,
+            transport=Feature.ACCESS_PLATFORM.mask,
+        )
+        limits = self._virtio.limits
+        self._rules = DiskRules(
+            stack.info,
+            max_discard=limits.max_discard,
+            max_write_zeroes=limits.max_write_zeroes,
+            max_ranges=limits.max_ranges,
+        )
+
+    # ------------------------------------------------------------------------------------------------ contract
+
+    async def start(self) -> Endpoint:
+        try:
+            await self._attach()
+        except BaseException as error:
+            await self._undo.aclose()
+            if isinstance(error, VduseError):
+                raise UserError(str(error), exit_code=5 if error.errno in (errno.EPERM, errno.EACCES) else 1) from error
+            raise
+        return Endpoint("block", f"/dev/{self._disk}")
+
+    async def resized(self, info: BlockInfo) -> None:
+        self._rules.set_capacity(info.size)
+        assert self._server is not None
+        self._server.resize(self._virtio.resize(info))
+
+    async def stop(self) -> None:
+        undo, self._undo = self._undo.pop_all(), AsyncExitStack()
+        await undo.aclose()
+
+    def status(self) -> dict[str, Any]:
+        assert self._server is not None
+        return {"device": f"/dev/{self._disk}", "path": self.path, **self._server.describe()}
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    async def _attach(self) -> None:
+        await asyncio.to_thread(kernel.load_modules)
+        control = Control.open()
+        self._undo.callback(control.close)
+        self._create(control)
+        device = Device.open(self.name)
+        self._undo.callback(self._after, device.close, "closed")
+        server = DeviceServer(device, self._virtio, self._make_queue, self._report)
+        self._server = server
+        server.start()
+        self._undo.push_async_callback(asyncio.to_thread, server.stop)
+        reached("served")
+        # From here on a driver may be on top, and goes first.
+        self._undo.push_async_callback(self._delete)
+        await asyncio.to_thread(self._add)
+        reached("added")
+        self._disk = await asyncio.to_thread(self._wait_for_disk, server)
+        reached("found")
+        self._undo.callback(kernel.remove_link, self.name)
+        kernel.add_link(self.name, self._disk)
+        reached("linked")
+
+    def _create(self, control: Control) -> None:
+        options = self.options
+        try:
+            control.create(
+                DeviceConfig(
+                    name=self.name,
+                    device_id=_DEVICE_ID_BLOCK,
+                    features=self._virtio.offered,
+                    config=self._virtio.config(),
+                    vq_num=options.queues,
+                )
+            )
+        except VduseError as error:
+            if error.errno == errno.EEXIST:
+                raise UserError(
+                    f"name: a VDUSE device '{self.name}' exists already; choose another name or "
+                    f"`vduse-blk detach {self.name}` first",
+                    exit_code=4,
+                ) from error
+            raise
+        self._undo.callback(self._destroy, control)
+        reached("created")
+        with Device.open(self.name) as device:
+            for index in range(options.queues):
+                device.vq_setup(index, options.queue_size)
+            device.bounce_size = bounce_size(options.queues, options.queue_size)
+            device.msg_timeout = _MSG_TIMEOUT
+        reached("configured")
+
+    def _add(self) -> None:
+        """Runs on a thread of its own."""
+        from pyvduse.vdpa import Vdpa
+
+        with Vdpa() as vdpa:
+            vdpa.dev_add(self.name)
+        kernel.bind_virtio_vdpa(self.name)
+
+    def _wait_for_disk(self, server: DeviceServer) -> str:
+        """Runs on a thread of its own. DEV_NEW said yes; only the disk itself proves it."""
+        deadline = time.monotonic() + self.options.timeout
+        while True:
+            disk = kernel.find_disk(self.name)
+            if disk is not None and kernel.is_usable(disk, self.stack.info.size):
+                return disk
+            problem = server.refusal or server.broken
+            if problem is None and time.monotonic() > deadline:
+                problem = kernel.why_no_disk(self.name) if disk is None else f"/dev/{disk} cannot be used"
+            if problem is not None:
+                raise UserError(f"no disk appeared for '{self.name}': {problem}", exit_code=1)
+            time.sleep(0.02)
+
+    async def _delete(self) -> None:
+        reached("detaching")
+        if kernel.vdpa_device(self.name).exists():
+            await asyncio.to_thread(self._dev_del)
+        reached("deleted")
+
+    def _dev_del(self) -> None:
+        """Runs on a thread of its own."""
+        from pyvduse.vdpa import Vdpa
+
+        with Vdpa() as vdpa:
+            vdpa.dev_del(self.name)
+
+    @staticmethod
+    def _after(action: Any, step: str) -> None:
+        action()
+        reached(step)
+
+    def _destroy(self, control: Control) -> None:
+        control.destroy(self.name)
+        reached("destroyed")
+
+    def _make_queue(self, index: int, failing: bool) -> Queue:
+        if failing:
+            return NativeQueue(index, self._rules, None)
+        if self._target is not None:
+            return NativeQueue(index, self._rules, self._target)
+        return PluginQueue(index, self._rules, self.stack, self._loop)
+
+    def _report(self, sentence: str) -> None:
+        def set_failed() -> None:
+            if not self.failed.done():
+                self.failed.set_result(sentence)
+
+        self._loop.call_soon_threadsafe(set_failed)

@@ -1,0 +1,138 @@
+"""What the kernel shows about a VDUSE device outside its own node: modules, sysfs, driver binding, the disk.
+
+Success of an attach is judged here, by the disk, because netlink reports success in many failures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+from vduse_blk.block.errors import UserError
+
+MODULES = ("vduse", "virtio_vdpa", "virtio_blk")
+CONTROL = Path("/dev/vduse/control")
+LINKS = Path("/dev/vduse-blk")
+_BLKGETSIZE64 = 0x80081272  # linux/fs.h; size_t is 8 bytes on every host this runs on
+_DENIED = 5
+_UNSUPPORTED = 6
+
+
+def load_modules() -> None:
+    """Load what is missing; nothing else would (there is no alias for /dev/vduse/control nor for virtio_vdpa).
+
+    Raises UserError (exit 6) naming the module.
+    """
+    for module in MODULES:
+        if Path("/sys/module", module).exists():
+            continue
+        try:
+            done = subprocess.run(["modprobe", module], capture_output=True, text=True, check=False)
+            problem = done.stderr.strip() if done.returncode else None
+        except FileNotFoundError:
+            problem = "there is no 'modprobe' (package kmod)"
+        if problem is not None:
+            raise UserError(
+                f"the kernel module '{module}' cannot be loaded ({problem}); `vduse-blk doctor` says more",
+                exit_code=_UNSUPPORTED,
+            )
+    if not CONTROL.exists():
+        raise UserError(
+            f"{CONTROL} does not exist although the module 'vduse' is loaded; in a container, pass the host's "
+            "/dev/vduse in",
+            exit_code=_UNSUPPORTED,
+        )
+    if not os.access(CONTROL, os.R_OK | os.W_OK):
+        raise UserError(f"{CONTROL}: no permission; run as root", exit_code=_DENIED)
+
+
+def vdpa_device(name: str) -> Path:
+    """The vdpa device's directory in sysfs; it exists while the device is attached."""
+    return Path("/sys/bus/vdpa/devices", name)
+
+
+def find_disk(name: str) -> str | None:
+    """Kernel name ("vda") of the disk on top of vdpa device ``name``, if it exists."""
+    for found in sorted(vdpa_device(name).glob("virtio*/block/*")):
+        return found.name
+    return None
+
+
+def bound_driver(name: str) -> str | None:
+    """Bus driver of the vdpa device: "virtio_vdpa", "vhost_vdpa" or None."""
+    link = vdpa_device(name) / "driver"
+    return link.resolve().name if link.is_symlink() else None
+
+
+def bind_virtio_vdpa(name: str) -> None:
+    """Give the vdpa device to virtio_vdpa. The first bus driver that was loaded wins otherwise, which may be vhost_vdpa.
+
+    Blocks while the driver probes, like DEV_NEW: not on the thread that answers the kernel.
+    """
+    if bound_driver(name) == "virtio_vdpa":
+        return
+    device = vdpa_device(name)
+    (device / "driver_override").write_text("virtio_vdpa")
+    if bound_driver(name) is not None:
+        (device / "driver" / "unbind").write_text(name)
+    Path("/sys/bus/vdpa/drivers_probe").write_text(name)
+
+
+def is_usable(disk: str, size: int) -> bool:
+    """Whether ``/dev/DISK`` can be opened and has ``size`` bytes."""
+    try:
+        fd = os.open(f"/dev/{disk}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+        return bool(struct.unpack("=Q", buffer)[0] == size)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def why_no_disk(name: str) -> str:
+    """The most likely reason, for an error message."""
+    if not vdpa_device(name).exists():
+        return "the vdpa device is gone"
+    driver = bound_driver(name)
+    if driver != "virtio_vdpa":
+        return f"the vdpa device is bound to {driver or 'no driver'} instead of virtio_vdpa"
+    if not any(vdpa_device(name).glob("virtio*")):
+        return "virtio_vdpa did not accept the device; see the kernel log"
+    if not any(vdpa_device(name).glob("virtio*/driver")):
+        return "virtio_blk did not accept the device; see the kernel log"
+    return "virtio_blk did not make a disk; see the kernel log"
+
+
+def disk_numbers(disk: str) -> tuple[int, int]:
+    """(major, minor) of a whole disk."""
+    major, minor = Path("/sys/class/block", disk, "dev").read_text().strip().split(":")
+    return int(major), int(minor)
+
+
+def add_link(name: str, disk: str) -> str:
+    """Make the stable name ``/dev/vduse-blk/NAME`` → ``../DISK``; returns it."""
+    LINKS.mkdir(mode=0o755, exist_ok=True)
+    link = LINKS / name
+    temporary = LINKS / f".{name}.new"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(f"../{disk}")
+    os.replace(temporary, link)
+    return str(link)
+
+
+def remove_link(name: str) -> None:
+    """The stable name goes, and with the last one its directory."""
+    (LINKS / name).unlink(missing_ok=True)
+    (LINKS / f".{name}.new").unlink(missing_ok=True)
+    try:
+        LINKS.rmdir()
+    except OSError:
+        pass  # others are attached

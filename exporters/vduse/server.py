@@ -1,0 +1,358 @@
+"""The thread that answers the kernel for one VDUSE device.
+
+It reads control messages, maps what the queues need, starts and stops them, and does nothing else: a message left
+unanswered for ``msg_timeout`` seconds makes the device unusable for good, and while one waits the kernel holds all
+generic netlink of the host. So nothing here sends netlink, and nothing here waits for storage except at a reset,
+which the kernel sends only after the last request has been answered.
+
+Owner of: the device's descriptor, IovaMap, event descriptor and kick descriptors. Other threads use ``start``,
+``stop``, ``resize`` and ``status``.
+
+Rules kept here, each learnt from the kernel's drivers/vdpa/vdpa_user/vduse_dev.c and drivers/virtio/virtio_vdpa.c:
+  * DRIVER_OK is never refused: the driver does not look at the answer and its partition scan would wait for ever. A queue
+    that cannot serve the storage is started without storage and fails every request instead.
+  * FEATURES_OK is the one place to refuse.
+  * A reset drops kick descriptors and frees the rings after our reply: queues stop and every mapping goes first.
+  * Messages are redelivered with the same id to the next server, so starting twice must be harmless.
+  * The bounce area appears with the first request: a queue's miss is looked up then.
+  * The device node is read without blocking; POLLERR means the kernel has given the device up.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pyvduse.device import Device
+from pyvduse.errors import VduseError
+from pyvduse.messages import (
+    GetVqState,
+    SetStatus,
+    Status,
+    UpdateIotlb,
+    decode_request,
+    encode_response,
+)
+from vduse_blk.queue import IovaMap, Queue, QueueSetup, QueueState
+from vduse_blk.virtio import Feature, VirtioBlkDevice, feature_names
+
+log = logging.getLogger("vduse_blk.disk")
+
+MakeQueue = Callable[[int, bool], Queue]
+"""(index, failing) → a queue; ``failing``: one that answers every request with an error."""
+
+
+class DeviceServer:
+    """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers, ``on_failure`` is called (from this thread)
+    with a sentence when the device or a queue is lost."""
+
+    def __init__(
+        self,
+        device: Device,
+        virtio: VirtioBlkDevice,
+        make_queue: MakeQueue,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._device = device
+        self._virtio = virtio
+        self._make_queue = make_queue
+        self._on_failure = on_failure
+        self._iova = IovaMap()
+        self._queues: dict[int, Queue] = {}
+        self._kicks: dict[int, int] = {}
+        self._reported: set[tuple[int, str]] = set()
+        self._past_counters: dict[int, dict[str, int]] = {}
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
+        self._status = 0
+        self._started = False
+        self.negotiated = 0
+        """Driver features, 0 before FEATURES_OK."""
+        self.refusal: str | None = None
+        """Why FEATURES_OK was refused last."""
+        self.broken: str | None = None
+        """Why the kernel or a queue gave up, or None."""
+
+    # ------------------------------------------------------------------------------------------- other threads
+
+    def start(self, *, adopt: bool = False) -> None:
+        """Begin to answer. ``adopt``: the device was served before by somebody who died; take over its queues, completing
+        what nobody has completed."""
+        self._adopt = adopt
+        self._started = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop answering, stop the queues, unmap. The device stays open; its owner closes it."""
+        if self._started:
+            os.eventfd_write(self._stop_fd, 1)
+            self._thread.join()
+        os.close(self._event_fd)
+        os.close(self._stop_fd)
+
+    def resize(self, config: bytes) -> None:
+        """Write ``config`` at offset 0 of the configuration space and tell the driver, if there is one yet."""
+        self._device.set_config(0, config)
+        try:
+            self._device.inject_config_irq()
+        except VduseError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: no DRIVER_OK yet; the driver will read the new size
+                raise
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        """Per queue, since the device exists: queues come and go with every reset, their counts stay."""
+        result = {index: dict(past) for index, past in self._past_counters.items()}
+        for index, queue in list(self._queues.items()):
+            total = result.setdefault(index, {})
+            for key, value in queue.counters().items():
+                total[key] = total.get(key, 0) + value
+        return result
+
+    def ready_queues(self) -> list[int]:
+        """Indices of the queues the driver uses."""
+        return sorted(self._queues)
+
+    # --------------------------------------------------------------------------------------------- this thread
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._device.fd, select.POLLIN)
+        poll.register(self._event_fd, select.POLLIN)
+        poll.register(self._stop_fd, select.POLLIN)
+        if self._adopt:
+            self._adopt_queues()
+        while True:
+            for fd, events in poll.poll():
+                try:
+                    if fd == self._stop_fd:
+                        self._reset()
+                        self._iova.close()
+                        return
+                    if fd == self._event_fd:
+                        os.eventfd_read(self._event_fd)
+                        self._look_at_queues()
+                    elif events & select.POLLIN:
+                        self._answer()
+                    else:
+                        # Level-triggered and for ever: leave it, or this loop never sleeps again.
+                        poll.unregister(fd)
+                        self._fail(
+                            "the kernel has given the device up (a control message was not answered in time); "
+                            "detach and attach again"
+                        )
+                except Exception:
+                    log.exception("%s: bug while serving the kernel", self._device.name)
+
+    def _answer(self) -> None:
+        raw = self._device.read_message()
+        if raw is None:
+            return
+        request = decode_request(raw)
+        ok, vq_state = True, None
+        try:
+            match request:
+                case SetStatus():
+                    ok = self._set_status(int(request.status))
+                case UpdateIotlb():
+                    self._iova.remove(request.start, request.last)
+                case GetVqState():
+                    vq_state = self._pause(request.index)
+                case _:
+                    ok = False
+        except Exception:
+            log.exception("%s: bug while handling %s", self._device.name, request)
+            # Only a refused FEATURES_OK leaves the driver in a state it can handle; see the module's rules.
+            ok = not (isinstance(request, SetStatus) and not int(request.status) & Status.DRIVER_OK)
+        self._device.write_response(encode_response(request.request_id, ok, vq_state=vq_state))
+        if isinstance(request, SetStatus) and int(request.status) & Status.DRIVER_OK:
+            self._interrupt_all()
+
+    def _set_status(self, status: int) -> bool:
+        log.debug("%s: status %#04x", self._device.name, status)
+        if status == 0:
+            self._reset()
+            self._status = 0
+            return True
+        if status & Status.FEATURES_OK and not self._status & Status.FEATURES_OK:
+            driver_features = self._device.features()
+            self.refusal = self._virtio.refusal(driver_features)
+            if self.refusal is not None:
+                log.error("%s: %s", self._device.name, self.refusal)
+                return False
+            self.negotiated = driver_features
+        if status & Status.DRIVER_OK and not self._queues:
+            self._start_queues(resume=False)
+        self._status = status
+        return True
+
+    # --- queues ---
+
+    def _start_queues(self, *, resume: bool) -> None:
+        self.negotiated = self._device.features()
+        for index in range(self._virtio.num_queues):
+            info = self._device.vq_info(index)
+            if not info.ready:
+                continue
+            kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._kicks[index] = kick_fd
+            num = info.num
+            for start, length in (
+                (info.desc_addr, 16 * num),
+                (info.driver_addr, 6 + 2 * num),
+                (info.device_addr, 6 + 8 * num),
+            ):
+                self._resolve(start, start + length - 1)
+            setup = QueueSetup(
+                index=index,
+                num=num,
+                desc=info.desc_addr,
+                avail=info.driver_addr,
+                used=info.device_addr,
+                last_avail=None if resume else info.avail_index,
+                kick_fd=kick_fd,
+                notify_fd=self._device.fd,
+                notify_vduse=True,
+                event_fd=self._event_fd,
+                event_idx=bool(self.negotiated & Feature.EVENT_IDX.mask),
+                indirect=bool(self.negotiated & Feature.INDIRECT_DESC.mask),
+                seg_max=self._virtio.limits.seg_max,
+            )
+            self._queues[index] = self._start_queue(setup)
+            # Kicks that came before this are latched by the kernel and delivered now.
+            self._device.set_kickfd(index, kick_fd)
+
+    def _start_queue(self, setup: QueueSetup) -> Queue:
+        queue = self._make_queue(setup.index, False)
+        try:
+            queue.start(setup, self._iova)
+        except OSError as error:
+            self._fail(f"queue {setup.index} cannot serve the storage ({error}); its requests fail")
+            queue = self._make_queue(setup.index, True)
+            queue.start(setup, self._iova)
+        return queue
+
+    def _stop_queue(self, index: int) -> int:
+        """Returns the next avail index."""
+        queue = self._queues.pop(index)
+        avail = queue.stop()
+        past = self._past_counters.setdefault(index, {})
+        for key, value in queue.counters().items():
+            past[key] = past.get(key, 0) + value
+        return avail
+
+    def _pause(self, index: int) -> int:
+        if index in self._queues:
+            return self._stop_queue(index)
+        return int(self._device.vq_info(index).avail_index)
+
+    def _reset(self) -> None:
+        for index in list(self._queues):
+            self._stop_queue(index)
+        for index, fd in self._kicks.items():
+            try:
+                self._device.set_kickfd(index, None)
+            except VduseError as error:
+                log.debug("%s: %s", self._device.name, error)  # a broken device refuses everything
+            os.close(fd)
+        self._kicks.clear()
+        self._iova.remove()
+        self.negotiated = 0
+        self._reported.clear()
+
+    def _adopt_queues(self) -> None:
+        try:
+            if self._device.features() and not self._queues:
+                self._start_queues(resume=True)
+                self._interrupt_all()
+        except VduseError as error:
+            self._fail(str(error))
+
+    def _interrupt_all(self) -> None:
+        """Used entries may have been published before the device could interrupt: one more interrupt costs nothing."""
+        for index in self._queues:
+            try:
+                self._device.inject_irq(index)
+            except VduseError as error:
+                log.debug("%s: %s", self._device.name, error)
+
+    # --- memory ---
+
+    def _resolve(self, start: int, last: int) -> None:
+        """Map what the kernel has of [start, last] and we do not; always publishes a new table."""
+        generation = self._iova.generation
+        at = start
+        while at <= last:
+            known = self._iova.find(at)
+            if known is not None:
+                at = known.last + 1
+                continue
+            region = self._device.iotlb_fd(at, last)
+            if region is None:
+                break
+            try:
+                if self._iova.overlaps(region.start, region.last):
+                    break
+                self._iova.add_fd(
+                    region.fd,
+                    start=region.start,
+                    last=region.last,
+                    offset=region.offset,
+                    access=int(region.perm),
+                )
+            finally:
+                os.close(region.fd)
+            at = region.last + 1
+        if self._iova.generation == generation:
+            self._iova.renew()
+
+    def _look_at_queues(self) -> None:
+        for index, queue in list(self._queues.items()):
+            view = queue.view()
+            if view.missing is not None and view.table_generation == self._iova.generation:
+                try:
+                    self._resolve(*view.missing)
+                except OSError as error:
+                    self._report(index, f"queue {index}: memory cannot be mapped: {error}")
+                    self._iova.renew()
+            if view.state is QueueState.BROKEN:
+                self._report(index, f"queue {index} stopped: {view.fault}")
+            elif view.error and view.error != errno.EINVAL:
+                self._report(index, f"queue {index}: interrupts fail: {os.strerror(view.error)}")
+
+    def _report(self, index: int, sentence: str) -> None:
+        if (index, sentence) not in self._reported:
+            self._reported.add((index, sentence))
+            self._fail(sentence)
+
+    def _fail(self, sentence: str) -> None:
+        self.broken = sentence
+        log.error("%s: %s", self._device.name, sentence)
+        self._on_failure(sentence)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``info``: JSON types only. Any thread."""
+        counters = self.counters()
+        queues = []
+        for index in range(self._virtio.num_queues):
+            queue = self._queues.get(index)
+            queues.append(
+                {
+                    "index": index,
+                    "size": self._virtio.queue_size,
+                    "ready": queue is not None,
+                    "state": queue.view().state.name.lower() if queue is not None else "unused",
+                    "counters": counters.get(index, {}),
+                }
+            )
+        return {
+            "queues": queues,
+            "features_offered": feature_names(self._virtio.offered),
+            "features_negotiated": feature_names(self.negotiated),
+            "broken": self.broken,
+        }

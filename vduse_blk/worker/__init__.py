@@ -1,0 +1,1 @@
+"""The process that serves one disk: one stack, its export, the control socket."""

@@ -1,0 +1,342 @@
+"""One disk, from its specification to its end.
+
+Phases: starting → serving → detaching → (gone); ``broken`` instead of serving when the kernel or a queue gave up.
+Everything here runs on the event loop; what blocks (netlink, scanning /proc) runs on threads of its own.
+
+The order of a start: lock the disk's directory, open the storage, export it, say so. The end undoes that in reverse. The
+directory is removed last and only if all else is gone: as long as something is left, ``detach`` must find it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vduse_blk import control, registry
+from vduse_blk.block.errors import UserError
+from vduse_blk.block.source import open_source
+from vduse_blk.block.stack import Stack
+from vduse_blk.control import ControlError, Exit, WorkerSpec
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.holders import Holder, holders_of
+from vduse_blk.worker.notify import ReadyPipe, notify_systemd
+from vduse_blk.worker.process import harden
+
+log = logging.getLogger("vduse_blk.disk")
+
+_QUEUES_DEFAULT = 8
+_GLANCE = 1.0
+"""Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
+
+
+class Worker:
+    """Serve the disk of ``spec`` until it is detached."""
+
+    def __init__(self, spec: WorkerSpec, ready: ReadyPipe) -> None:
+        self._spec = spec
+        self._ready = ready
+        self._phase = "starting"
+        self._started_at = time.time()
+        self._stack: Stack | None = None
+        self._exporter: Exporter | None = None
+        self._endpoint: Endpoint | None = None
+        self._changing = asyncio.Lock()  # one resize or detach at a time
+        self._finished = asyncio.Event()
+        self._start: asyncio.Task[None] | None = None
+        self._given_up: str | None = None
+
+    async def run(self) -> None:
+        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left)."""
+        lock = control.lock_directory(self._spec.name)
+        try:
+            async with AsyncExitStack() as undo:
+                self._write_state()
+                reached("locked")
+                for problem in harden():
+                    log.warning("%s", problem)
+                undo.push_async_callback(self._close_storage)
+                await self._listen(undo)
+                loop = asyncio.get_running_loop()
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.add_signal_handler(number, self._on_signal, number)
+                self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
+                await self._run_start()
+                await self._finished.wait()
+        finally:
+            if not self._is_left():
+                control.remove_directory(self._spec.name, locked_fd=lock)
+                reached("gone")
+
+    # --------------------------------------------------------------------------------------------------- start
+
+    async def _run_start(self) -> None:
+        self._start = asyncio.get_running_loop().create_task(self._bring_up())
+        try:
+            await self._start
+        except asyncio.CancelledError:
+            if self._given_up is None:
+                raise
+            raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
+        finally:
+            self._start = None
+
+    async def _bring_up(self) -> None:
+        spec = self._spec
+        stack = open_source(
+            spec.source,
+            dict(spec.options),
+            read_only=spec.read_only,
+            block_size=spec.block_size,
+            size=spec.size,
+            serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
+        )
+        await stack.open()
+        self._stack = stack
+        reached("opened")
+        exporter = registry.exporter(spec.export)(
+            stack,
+            spec.name,
+            ExportOptions(
+                queues=spec.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT),
+                queue_size=spec.queue_size,
+                path=spec.path,
+            ),
+        )
+        self._endpoint = await exporter.start()
+        self._exporter = exporter
+        exporter.failed.add_done_callback(self._on_failed)
+        if self._given_up is not None:
+            # Too late to cancel: the disk exists already. It was promised to nobody, so it goes again.
+            await self._tear_down()
+            raise asyncio.CancelledError
+        self._phase = "serving"
+        self._write_state()
+        reached("serving")
+        log.info("disk '%s' is %s", spec.name, self._endpoint.path)
+        if not self._ready.write(control.ready_line(self._endpoint.path, **self._summary())):
+            self._given_up = "nobody waits for the disk any more"
+            await self._tear_down()
+            raise asyncio.CancelledError
+        notify_systemd(f"READY=1\nSTATUS=serving {self._endpoint.path}")
+
+    def _give_up(self, reason: str) -> None:
+        if self._start is not None and self._given_up is None:
+            log.warning("giving up: %s", reason)
+            self._given_up = reason
+            self._start.cancel()
+
+    def _on_failed(self, failed: asyncio.Future[str]) -> None:
+        if failed.cancelled():
+            return
+        if self._phase == "serving":
+            self._phase = "broken"
+            self._write_state()
+            notify_systemd(f"STATUS=broken: {failed.result()}")
+
+    # ----------------------------------------------------------------------------------------------------- end
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._start is not None:
+            self._give_up(f"interrupted by {name}")
+        else:
+            self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(name))
+
+    async def _detach_on_signal(self, name: str) -> None:
+        try:
+            await self._detach(force=False)
+        except UserError as error:
+            log.error("%s: still serving: %s", name, error)
+        except Exception:
+            log.exception("%s: detach failed, still serving", name)
+
+    async def _detach(self, *, force: bool) -> None:
+        async with self._changing:
+            if self._finished.is_set():
+                return
+            if self._endpoint is None:
+                self._give_up("detach")
+                return
+            claim = await self._claim(force=force)
+            try:
+                await self._tear_down()
+            finally:
+                if claim is not None:
+                    os.close(claim)
+            self._finished.set()
+
+    async def _tear_down(self) -> None:
+        assert self._exporter is not None
+        self._phase = "detaching"
+        self._write_state()
+        notify_systemd("STOPPING=1")
+        await self._exporter.stop()
+        self._exporter = None
+        self._endpoint = None
+        await self._close_storage()
+
+    async def _close_storage(self) -> None:
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            await stack.close()
+
+    def _is_left(self) -> bool:
+        """Whether something of the disk still exists in the kernel, so that its directory must stay."""
+        return Path("/sys/class/vduse", self._spec.name).exists()
+
+    async def _claim(self, *, force: bool) -> int | None:
+        """Refuse if the disk is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
+        assert self._endpoint is not None
+        if force or self._endpoint.kind != "block":
+            return None
+        deadline = time.monotonic() + _GLANCE
+        path = self._endpoint.path
+        while True:
+            holders = await asyncio.to_thread(self._holders, path)
+            if not holders:
+                break
+            if time.monotonic() > deadline or any(holder.kind != "open" for holder in holders):
+                raise ControlError(
+                    f"disk '{self._spec.name}' ({path}) is in use: {'; '.join(map(str, holders))}",
+                    Exit.BUSY,
+                    [asdict(holder) for holder in holders],
+                )
+            await asyncio.sleep(0.1)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ControlError(
+                f"disk '{self._spec.name}' ({path}) is held by the kernel: {error.strerror}", Exit.BUSY
+            ) from error
+
+    @staticmethod
+    def _holders(path: str) -> list[Holder]:
+        try:
+            number = os.stat(path).st_rdev
+        except FileNotFoundError:
+            return []
+        return holders_of(os.major(number), os.minor(number))
+
+    # ------------------------------------------------------------------------------------------ control socket
+
+    async def _listen(self, undo: AsyncExitStack) -> None:
+        path = control.DiskPaths.of(self._spec.name).socket
+        path.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock
+        server = await asyncio.start_unix_server(self._converse, path, limit=control.MAX_MESSAGE)
+        os.chmod(path, 0o600)
+        undo.callback(server.close)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                writer.write(await self._reply(line))
+                await writer.drain()
+        except (ConnectionError, ValueError):
+            pass  # gone in the middle, or a line beyond the limit: nothing to answer
+        finally:
+            writer.close()
+
+    async def _reply(self, line: bytes) -> bytes:
+        try:
+            request = control.decode_message(line)
+            match request.get("op"):
+                case "ping":
+                    return control.ok_reply(phase=self._phase)
+                case "info":
+                    return control.ok_reply(**self._info())
+                case "resize":
+                    return control.ok_reply(size=await self._resize(request.get("size")))
+                case "detach":
+                    await self._detach(force=request.get("force") is True)
+                    return control.ok_reply()
+                case other:
+                    raise ControlError(
+                        f"op: {other!r} is not known; accepted are ping, info, resize, detach", Exit.USAGE
+                    )
+        except ControlError as error:
+            return control.error_reply(str(error), error.exit_code, error.holders)
+        except UserError as error:
+            return control.error_reply(str(error), error.exit_code)
+        except ValueError as error:
+            return control.error_reply(f"the request is not usable: {error}", Exit.USAGE)
+        except OSError as error:
+            log.error("%s", error)
+            return control.error_reply(str(error), Exit.FAILED)
+        except Exception as error:
+            log.exception("bug while answering %r", line[:200])
+            return control.error_reply(f"bug in the server: {error!r}; its log has more", Exit.FAILED)
+
+    async def _resize(self, size: object) -> int:
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ControlError(f"size: {size!r} is not usable; accepted are positive numbers of bytes", Exit.USAGE)
+        async with self._changing:
+            if self._stack is None or self._exporter is None or self._endpoint is None:
+                raise ControlError(f"disk '{self._spec.name}' is {self._phase}; it cannot be resized", Exit.BUSY)
+            info = await self._stack.refresh()
+            reached("resizing")
+            if info.size != size:
+                info = await self._stack.resize(size)
+            reached("resized")
+            await self._exporter.resized(info)
+            await self._seen_by_host(self._endpoint.path, info.size)
+            self._write_state()
+            return info.size
+
+    @staticmethod
+    async def _seen_by_host(path: str, size: int) -> None:
+        """The driver re-reads the capacity on an interrupt, a few milliseconds later."""
+        sysfs = Path("/sys/class/block", Path(path).name, "size")
+        deadline = time.monotonic() + 10
+        while sysfs.exists() and int(sysfs.read_text()) * 512 != size:
+            if time.monotonic() > deadline:
+                raise ControlError(f"the storage has {size} bytes now, but {path} does not show it", Exit.TIMEOUT)
+            await asyncio.sleep(0.005)
+
+    # --------------------------------------------------------------------------------------------------- facts
+
+    def _summary(self) -> dict[str, Any]:
+        """What ``state.json``, the ready line and ``info`` share."""
+        spec = self._spec
+        facts: dict[str, Any] = {
+            "name": spec.name,
+            "pid": os.getpid(),
+            "source": spec.source,
+            "phase": self._phase,
+            "started_at": self._started_at,
+        }
+        if self._endpoint is not None:
+            facts["device"] = self._endpoint.path
+        if self._stack is not None:
+            info = self._stack.info
+            facts |= {
+                "size": info.size,
+                "block_size": info.logical_block_size,
+                "read_only": info.read_only,
+                "serial": info.serial,
+            }
+        if self._exporter is not None:
+            facts |= {"path": self._exporter.path, "queue_count": self._exporter.options.queues}
+        return facts
+
+    def _write_state(self) -> None:
+        control.write_state(self._spec.name, self._summary() | {"spec": asdict(self._spec)})
+
+    def _info(self) -> dict[str, Any]:
+        facts = self._summary()
+        if self._exporter is None:
+            return facts
+        status = self._exporter.status()
+        totals: dict[str, int] = {}
+        for queue in status["queues"]:
+            for key, value in queue["counters"].items():
+                totals[key] = totals.get(key, 0) + value
+        return facts | status | {"counters": totals, "export": self._spec.export}
