@@ -48,8 +48,8 @@ NETLINK_SECONDS: Final = 15
 
 _IO_URING_SETUP: Final = 425  # the same number on every architecture
 _KERNEL_REMEDY: Final = (
-    "boot a kernel built with CONFIG_VDPA_USER, CONFIG_VIRTIO_VDPA and CONFIG_VIRTIO_BLK; on Debian 12 that is "
-    "the package linux-image-6.12-amd64 (its 6.1 kernel has no vDPA)"
+    "boot a kernel built with CONFIG_VDPA_USER, CONFIG_VIRTIO_VDPA and CONFIG_VIRTIO_BLK; on Debian 12 that "
+    "is the package linux-image-6.12-amd64 (its 6.1 kernel has no vDPA)"
 )
 
 
@@ -117,7 +117,7 @@ def check_kernel(release: str) -> Finding:
             "kernel",
             "warn",
             f"{release} leaks memory whenever one VDUSE device is added to vDPA again (`vdpa dev add`)",
-            "let only vduse-blk attach and detach its disks: it makes a new device each time, which cannot leak",
+            "let only vduse-blk attach and detach its disks: each time it makes a new device, none leaks",
         )
     if version < TESTED_KERNEL:
         return Finding(
@@ -147,8 +147,8 @@ def check_module(module: str, release: str, root: Path) -> Finding:
                 name,
                 "fail",
                 f"neither in the running kernel nor to be found: {directory} does not exist",
-                f"install the modules of kernel {release} there (in a container mount the host's /lib/modules), "
-                f"or {_KERNEL_REMEDY}",
+                f"install the modules of kernel {release} there (container: mount the host's), or "
+                + _KERNEL_REMEDY,
             )
         return Finding(name, "fail", f"kernel {release} has no such module", _KERNEL_REMEDY)
     if _first_line(root / "proc/sys/kernel/modules_disabled") == "1":
@@ -239,8 +239,8 @@ def check_netlink() -> Finding:
         return Finding(
             name,
             "fail",
-            f"no answer within {NETLINK_SECONDS} seconds: the server of some VDUSE device leaves a message of the "
-            "kernel unanswered",
+            f"silent for {NETLINK_SECONDS} seconds: the server of some VDUSE device leaves a message of "
+            "the kernel unanswered",
             "look for a hung attach or detach in `vduse-blk list` and end its server",
         )
     if child.returncode == 0:

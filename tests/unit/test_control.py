@@ -1,0 +1,323 @@
+"""Names, places, lock, specification and client of the control protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vduse_blk import control
+from vduse_blk.block.errors import UserError
+from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
+
+
+@pytest.fixture(autouse=True)
+def run_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run directory with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp") as directory:
+        monkeypatch.setenv(control.RUN_ENV, directory)
+        yield Path(directory)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "_x", "disk.img", "A-b_c.9", "x" * 63])
+def test_good_names_pass(name: str) -> None:
+    """Letters, digits, '_', '.', '-' up to 63 characters make a name."""
+    assert control.check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "control", "-x", ".x", "a/b", "a b", "x" * 64, "ä", "a\n", "a\0", "٣"]
+)
+def test_bad_names_are_bad_input(name: str) -> None:
+    """Whatever could leave the directory, clash with the kernel's node or confuse a tool is refused with exit
+    2."""
+    with pytest.raises(UserError, match="name:") as caught:
+        control.check_name(name)
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_a_run_directory_too_long_for_a_socket_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket's path has at most 107 bytes; the user hears which variable to shorten."""
+    monkeypatch.setenv(control.RUN_ENV, "/tmp/" + "x" * 90)
+    with pytest.raises(UserError, match="VDUSE_BLK_RUN"):
+        DiskPaths.of("disk")
+
+
+class TestDirectory:
+    def test_modes(self, run_dir: Path) -> None:
+        """Only root's own eyes see a disk's directory; the list of names is no secret."""
+        paths = control.make_directory("d")
+        assert stat.S_IMODE(paths.directory.stat().st_mode) == 0o700
+        assert control.disk_names() == ["d"]
+
+    def test_exclusive_claims_a_name_once(self) -> None:
+        """Of two that claim the same name one gets it."""
+        control.make_directory("d", exclusive=True)
+        with pytest.raises(FileExistsError):
+            control.make_directory("d", exclusive=True)
+
+    def test_lock_is_exclusive_and_ends_with_its_descriptor(self) -> None:
+        """A second server of a disk is refused with 'busy'; when the first is gone it is not."""
+        fd = control.lock_directory("d")
+        assert control.is_locked("d")
+        with pytest.raises(ControlError) as caught:
+            control.lock_directory("d", patience=0)
+        assert caught.value.exit_code == Exit.BUSY
+        os.close(fd)
+        assert not control.is_locked("d")
+        os.close(control.lock_directory("d", patience=0))
+
+    def test_lock_survives_in_a_killed_process_only_as_long_as_it_lives(self) -> None:
+        """The kernel drops the lock of a killed server."""
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from vduse_blk import control; control.lock_directory('d'); print(flush=True); input()",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert control.is_locked("d")
+        child.kill()
+        child.communicate()
+        assert not control.is_locked("d")
+
+    def test_a_probe_does_not_turn_a_server_away(self) -> None:
+        """Locking waits out the instant in which somebody asks whether the disk is served."""
+        control.make_directory("d")
+        stop = threading.Event()
+
+        def probe() -> None:
+            while not stop.is_set():
+                control.is_locked("d")
+
+        thread = threading.Thread(target=probe)
+        thread.start()
+        try:
+            for _ in range(50):
+                os.close(control.lock_directory("d", patience=30))
+        finally:
+            stop.set()
+            thread.join()
+
+    def test_remove_leaves_a_served_disk_alone(self) -> None:
+        """Nobody but the server removes the directory of a disk that is served."""
+        fd = control.lock_directory("d")
+        control.write_state("d", {"name": "d"})
+        assert control.remove_directory("d") is False
+        assert control.read_state("d") == {"name": "d"}
+        assert control.remove_directory("d", locked_fd=fd) is True
+        assert control.disk_names() == []
+        os.close(fd)
+
+    def test_remove_by_a_former_server_leaves_the_successor_alone(self) -> None:
+        """A directory made anew under the same name is not removed on the strength of the old one's lock."""
+        old = control.lock_directory("d")
+        control.remove_directory("d", locked_fd=old)
+        new = control.lock_directory("d")
+        control.remove_directory("d", locked_fd=old)
+        assert control.disk_names() == ["d"]
+        os.close(old)
+        os.close(new)
+
+    def test_lock_follows_a_directory_removed_meanwhile(self) -> None:
+        """A server that wins the lock of a directory just removed makes and locks a new one."""
+        old = control.lock_directory("d")
+        waiter_fd: list[int] = []
+        waiter = threading.Thread(target=lambda: waiter_fd.append(control.lock_directory("d", patience=30)))
+        waiter.start()
+        control.remove_directory("d", locked_fd=old)
+        os.close(old)
+        waiter.join()
+        assert os.path.samestat(os.fstat(waiter_fd[0]), DiskPaths.of("d").directory.stat())
+        os.close(waiter_fd[0])
+
+    def test_a_file_in_the_way_is_one_sentence(self, run_dir: Path) -> None:
+        """A run directory in which a file has the disk's name gives a user error, not a traceback."""
+        (run_dir / "d").write_text("")
+        with pytest.raises(ControlError, match="in the way"):
+            control.lock_directory("d")
+
+    def test_state_is_replaced_whole_and_private(self) -> None:
+        """state.json has mode 0600 and its replacement leaves no other file."""
+        paths = control.make_directory("d")
+        control.write_state("d", {"a": 1})
+        control.write_state("d", {"a": 2})
+        assert control.read_state("d") == {"a": 2}
+        assert [p.name for p in paths.directory.iterdir()] == ["state.json"]
+        assert stat.S_IMODE(paths.state.stat().st_mode) == 0o600
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
+    def test_damaged_state_reads_as_nothing_known(self, text: str) -> None:
+        """A disk whose state.json is damaged can still be listed and removed."""
+        control.make_directory("d").state.write_text(text)
+        assert control.read_state("d") == {}
+        assert control.disk_status("d").state == "dead"
+
+
+class TestWorkerSpec:
+    def test_json_round_trip(self) -> None:
+        """What attach writes is what the server reads."""
+        spec = WorkerSpec(
+            name="d", source="/x", options={"direct": True}, read_only=True, queues=3, queue_size=64,
+            serial="S 1", block_size=4096, size=8192, path="plugin", ready_fd=5,
+        )  # fmt: skip
+        assert WorkerSpec.from_json(spec.to_json()) == spec
+
+    def test_only_name_and_source_are_needed(self) -> None:
+        """Every other key has a default."""
+        spec = WorkerSpec.from_json('{"name": "d", "source": "/x"}')
+        assert (spec.queue_size, spec.queues, spec.path, spec.export) == (256, None, "auto", "vduse")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("name", "a/b"), ("name", 3), ("source", ""), ("options", []), ("read_only", 1), ("queues", 0),
+            ("queues", 65), ("queues", True), ("queue_size", 0), ("queue_size", 2), ("queue_size", 100),
+            ("queue_size", 65536), ("queue_size", None), ("serial", ""), ("serial", "x" * 21),
+            ("serial", "ä"), ("serial", "a\n"), ("block_size", 0), ("block_size", 8192), ("size", 0),
+            ("size", -512), ("size", 513), ("path", "fast"), ("ready_fd", "5"), ("export", None),
+            ("colour", "red"),
+        ],
+    )  # fmt: skip
+    def test_each_bad_value_is_named(self, key: str, value: object) -> None:
+        """A value outside of what is accepted is bad input, and the sentence names its key."""
+        with pytest.raises(UserError, match=rf"^{key.replace('_', '[-_]')}: ") as caught:
+            WorkerSpec.from_json(json.dumps({"name": "d", "source": "/x"} | {key: value}))
+        assert caught.value.exit_code == Exit.USAGE
+
+    def test_size_must_fit_the_block_size(self) -> None:
+        """512 more bytes than a multiple of 4096 are refused for a disk of 4096-byte blocks."""
+        with pytest.raises(UserError, match="4096"):
+            WorkerSpec(name="d", source="/x", size=4096 + 512, block_size=4096)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{", '{"name": "d"}', '{"source": "/x"}'])
+    def test_no_object_no_spec(self, text: str) -> None:
+        """Text that is no specification is bad input, not a bug."""
+        with pytest.raises(UserError):
+            WorkerSpec.from_json(text)
+
+
+class Server(threading.Thread):
+    """A control socket whose answers are given in advance: bytes to send per connection, after one line came
+    in."""
+
+    def __init__(self, name: str, *answers: bytes) -> None:
+        super().__init__(daemon=True)
+        self._answers = answers
+        self.requests: list[bytes] = []
+        control.make_directory(name)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(DiskPaths.of(name).socket))
+        self._listener.listen()
+        self.start()
+
+    def run(self) -> None:
+        for answer in self._answers:
+            connection, _ = self._listener.accept()
+            with connection, connection.makefile("rb") as lines:
+                self.requests.append(lines.readline())
+                connection.sendall(answer)
+        self._listener.close()
+
+
+class TestClient:
+    def test_request_and_reply(self) -> None:
+        """A request is one JSON line with its op and arguments; the reply comes back as a dictionary."""
+        server = Server("d", control.ok_reply(size=4096))
+        with control.Client("d") as client:
+            assert client.call("resize", size=4096)["size"] == 4096
+            assert client.server_pid == os.getpid()
+        assert json.loads(server.requests[0]) == {"op": "resize", "size": 4096}
+
+    def test_a_refusal_carries_sentence_code_and_holders(self) -> None:
+        """What the server says of a refusal reaches the caller unchanged."""
+        Server("d", control.error_reply("disk 'd' is in use", 4, ["/mnt"]))
+        with control.Client("d") as client, pytest.raises(ControlError, match="disk 'd' is in use") as caught:
+            client.call("detach")
+        assert (caught.value.exit_code, caught.value.holders) == (4, ["/mnt"])
+
+    @pytest.mark.parametrize("answer", [b"", b"{", b"nonsense\n", b"[1]\n", b"x" * (control.MAX_MESSAGE + 9)])
+    def test_broken_replies_are_reported(self, answer: bytes) -> None:
+        """A reply cut short, too long or not JSON names the server's log and has exit code 1."""
+        Server("d", answer)
+        with control.Client("d") as client, pytest.raises(ControlError, match="log") as caught:
+            client.call("info")
+        assert caught.value.exit_code == Exit.FAILED
+
+    def test_no_such_disk(self) -> None:
+        """Without a directory there is no disk: exit 3."""
+        with pytest.raises(ControlError, match="no disk is called 'd'") as caught:
+            control.Client("d")
+        assert caught.value.exit_code == Exit.NOT_FOUND
+
+    def test_a_dead_server_is_told_from_no_disk(self) -> None:
+        """A directory whose socket nobody listens on means a dead server."""
+        control.make_directory("d")
+        with pytest.raises(control.NotServed):
+            control.Client("d")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(DiskPaths.of("d").socket))
+        listener.close()
+        with pytest.raises(control.NotServed):
+            control.Client("d")
+
+    def test_silence_times_out(self) -> None:
+        """A server that takes the request and says nothing is given up after the timeout: exit 7."""
+        control.make_directory("d")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(DiskPaths.of("d").socket))
+            listener.listen()
+            with control.Client("d", timeout=0.05) as client, pytest.raises(ControlError) as caught:
+                client.call("info")
+        assert caught.value.exit_code == Exit.TIMEOUT
+
+
+class TestStatus:
+    def test_states(self) -> None:
+        """Dead, starting, silent and serving are told apart, and each disk is listed once."""
+        control.make_directory("a-dead")
+        control.write_state("a-dead", {"source": "/x"})
+        starting = control.lock_directory("b-starting")
+        silent = control.lock_directory("c-silent")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(DiskPaths.of("c-silent").socket))
+        listener.listen()
+        Server("d-serving", control.ok_reply(phase="serving", size=1))
+        try:
+            disks = {disk.name: disk for disk in control.all_disks(timeout=0.1)}
+        finally:
+            listener.close()
+            os.close(starting)
+            os.close(silent)
+        assert {name: disk.state for name, disk in disks.items()} == {
+            "a-dead": "dead",
+            "b-starting": "starting",
+            "c-silent": "silent",
+            "d-serving": "serving",
+        }
+        assert disks["a-dead"].info["source"] == "/x"
+
+    def test_strangers_in_the_run_directory_are_no_disks(self, run_dir: Path) -> None:
+        """Files, links and directories with other names are passed over."""
+        (run_dir / "file").write_text("")
+        (run_dir / ".hidden").mkdir()
+        (run_dir / "link").symlink_to("/")
+        assert control.disk_names() == []
+
+    def test_no_run_directory_no_disks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before the first attach the list is empty."""
+        monkeypatch.setenv(control.RUN_ENV, "/tmp/vduse-blk-not-there")
+        assert list(control.all_disks()) == []

@@ -1,0 +1,133 @@
+"""``attach`` and ``serve``: make a disk, with its server in the background or in the foreground."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+import click
+
+from vduse_blk.block.source import SourceSpec, parse_source
+from vduse_blk.cli import launch, output
+from vduse_blk.cli.options import SECONDS, SIZE
+from vduse_blk.control import BLOCK_SIZES, PATHS, WorkerSpec
+
+_Command = Callable[..., Any]
+
+
+def disk_options(command: _Command) -> _Command:
+    """Everything that says what disk is wanted. Values are checked by WorkerSpec, as for everybody who makes
+    one."""
+    parameters = (
+        click.argument("source"),
+        click.option("--name", metavar="N", help="Name of the disk.  [default: made from SOURCE]"),
+        click.option(
+            "--read-only", is_flag=True, help="Refuse writes; the storage is opened for reading only."
+        ),
+        click.option(
+            "--queues", type=int, metavar="K", help="Queues.  [default: as many as CPUs, at most 8]"
+        ),
+        click.option(
+            "--queue-size",
+            type=int,
+            default=256,
+            show_default=True,
+            metavar="Q",
+            help="Descriptors per queue, a power of two from 4 to 32768.",
+        ),
+        click.option("--serial", metavar="S", help="Serial number of the disk, at most 20 ASCII characters."),
+        click.option(
+            "--block-size",
+            type=int,
+            metavar="B",
+            help=f"Logical block size: {', '.join(map(str, BLOCK_SIZES))}.  [default: the storage's own]",
+        ),
+        click.option(
+            "--size", type=SIZE, metavar="SIZE", help="Size of the disk; creates a file that does not exist."
+        ),
+        click.option(
+            "--path",
+            type=click.Choice(PATHS),
+            default="auto",
+            show_default=True,
+            help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
+        ),
+        output.json_option,
+    )
+    for parameter in reversed(parameters):
+        command = parameter(command)
+    return command
+
+
+@click.command(short_help="Make a disk and print its path.")
+@disk_options
+@click.option(
+    "--timeout",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest wait for the disk; then everything is undone.",
+)
+def attach(source: str, name: str | None, as_json: bool, timeout: float, **options: Any) -> None:
+    """Make a disk whose storage is SOURCE, and print its path (/dev/vdX).
+
+    SOURCE is a path (./disk.img, /dev/sdb) or KIND:PLACE?OPTION=VALUE (file:/x?direct=1, memory:1G,
+    null:10G). The disk's server runs in the background; its log and state are in /run/vduse-blk/N/. Either
+    the disk exists when this returns, or nothing is left behind.
+    """
+    spec = specification(source, name, **options)
+    ready = launch.start(spec, timeout, unique=name is None)
+    if as_json:
+        output.print_json({"ok": True} | {key: value for key, value in ready.items() if key != "ready"})
+        return
+    click.echo(ready["device"])
+    output.say(f"disk '{ready['name']}' is ready; `vduse-blk detach {ready['name']}` removes it")
+
+
+@click.command(short_help="Make a disk and serve it in the foreground.")
+@disk_options
+def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
+    """Make a disk whose storage is SOURCE, and serve it in the foreground, for service managers and
+    containers.
+
+    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT remove
+    the disk and end the server. SOURCE and options are those of attach; --json concerns only a failure to
+    start.
+    """
+    spec = specification(source, name, **options)
+    claimed, _ = launch.claim_directory(spec.name, unique=name is None)
+    stdin = launch.specification_file(dataclasses.replace(spec, name=claimed))
+    os.dup2(stdin, 0)
+    command = launch.worker_command()
+    os.execv(command[0], command)
+
+
+def specification(source: str, name: str | None, **options: Any) -> WorkerSpec:
+    """What to hand to the server. Raises ``UserError`` (exit 2) for anything it could not serve."""
+    absolute = absolute_source(source)
+    parsed = parse_source(absolute)
+    return WorkerSpec(name=name or default_name(parsed), source=absolute, **options)
+
+
+def absolute_source(source: str) -> str:
+    """``source`` as written, with a relative path made absolute: a server's working directory is ``/``."""
+    kind, colon, rest = source.partition(":")
+    if not colon or "/" in kind:
+        return os.path.abspath(source)
+    if kind != "file":
+        return source
+    path, mark, query = rest.partition("?")
+    return f"{kind}:{os.path.abspath(path)}{mark}{query}" if path else source
+
+
+def default_name(parsed: SourceSpec) -> str:
+    """A name made from the source: './my disk.img' → 'my-disk', 'memory:1G' → 'memory'."""
+    path = parsed.options.get("path")
+    stem = PurePath(path).stem if isinstance(path, str) else parsed.backend
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip(".-")[:63]
+    return name if name and name != "control" else "disk"

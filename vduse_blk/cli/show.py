@@ -1,0 +1,143 @@
+"""``list`` and ``info``: what disks there are and how they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import click
+
+from vduse_blk import control
+from vduse_blk.cli import output
+from vduse_blk.cli.completion import complete_names
+
+STATE_STYLES: Final = {
+    "serving": "green",
+    "dead": "red",
+    "silent": "red",
+    "broken": "red",
+    "starting": "yellow",
+}
+
+
+@click.command("list", short_help="List all disks.")
+@output.json_option
+def list_disks(as_json: bool) -> None:
+    """List every disk of this host, those whose server died included.
+
+    STATE is what the server says of itself ('starting', 'serving', 'broken', 'detaching'), 'dead' if there is
+    no server, and 'silent' if there is one that does not answer.
+    """
+    disks = list(control.all_disks())
+    if as_json:
+        output.print_json({"ok": True, "disks": [_as_json(disk) for disk in disks]})
+        return
+    if not disks:
+        output.say("no disks")
+        return
+    output.print_table(
+        ("NAME", "DEVICE", "SIZE", "PATH", "QUEUES", "SOURCE", "PID", "STATE"),
+        [_row(disk) for disk in disks],
+        STATE_STYLES,
+    )
+
+
+@click.command(short_help="Show everything about one disk.")
+@click.argument("name", shell_complete=complete_names)
+@output.json_option
+def info(name: str, as_json: bool) -> None:
+    """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
+    disk = control.disk_status(name, timeout=10)
+    if as_json:
+        output.print_json({"ok": True, **_as_json(disk)})
+        return
+    print_info(disk)
+
+
+def _as_json(disk: control.DiskStatus) -> dict[str, Any]:
+    values = {key: value for key, value in disk.info.items() if key not in ("ok", "phase")}
+    if disk.state == "dead":
+        values["pid"] = None
+    return {"name": disk.name, "state": disk.state} | values | {"name": disk.name}
+
+
+def _row(disk: control.DiskStatus) -> tuple[str, ...]:
+    know = disk.info
+    queues = know.get("queue_count")
+    return (
+        disk.name,
+        str(know.get("device") or "-"),
+        output.size_text(know.get("size")),
+        str(know.get("path") or "-"),
+        "-" if queues is None else str(queues),
+        str(know.get("source") or "-"),
+        str(know.get("pid") or "-") if disk.state != "dead" else "-",
+        disk.state,
+    )
+
+
+def print_info(disk: control.DiskStatus) -> None:
+    """Print one disk for people: fields, then one table of queues and one of counters."""
+    know = disk.info
+    rows = [("name", disk.name), ("state", disk.state)]
+    rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
+    if know.get("size") is not None:
+        rows.append(("size", f"{output.size_text(know['size'])} ({know['size']} bytes)"))
+    if know.get("block_size"):
+        rows.append(("block size", f"{know['block_size']} bytes"))
+    if "read_only" in know:
+        rows.append(("read-only", "yes" if know["read_only"] else "no"))
+    if disk.state != "dead" and know.get("pid"):
+        rows.append(("server", f"process {know['pid']}"))
+    if know.get("started_at"):
+        rows.append(("since", _time_text(know["started_at"])))
+    if "features_negotiated" in know:
+        refused = [f for f in know.get("features_offered", []) if f not in know["features_negotiated"]]
+        rows.append(("features", " ".join(know["features_negotiated"])))
+        if refused:
+            rows.append(("not taken", " ".join(refused)))
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        click.echo(f"{label.ljust(width)}  {value}")
+    _print_queues(know.get("queues"))
+    _print_counters(know.get("counters"))
+
+
+def _print_queues(queues: object) -> None:
+    if not isinstance(queues, list) or not queues:
+        return
+    counters = _keys_of(queue.get("counters", {}) for queue in queues)
+    click.echo()
+    output.print_table(
+        ("QUEUE", "SIZE", "READY", *(key.replace("_", " ").upper() for key in counters)),
+        [
+            (
+                str(queue.get("index", "-")),
+                str(queue.get("size", "-")),
+                "yes" if queue.get("ready") else "no",
+                *(str(queue.get("counters", {}).get(key, 0)) for key in counters),
+            )
+            for queue in queues
+        ],
+    )
+
+
+def _print_counters(counters: object) -> None:
+    if not isinstance(counters, Mapping) or not counters:
+        return
+    click.echo()
+    output.print_table(
+        ("COUNTER", "VALUE"), [(key.replace("_", " "), str(value)) for key, value in counters.items()]
+    )
+
+
+def _keys_of(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Keys of all mappings, each once, in the order of their first appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _time_text(started_at: Any) -> str:
+    if not isinstance(started_at, int | float):
+        return str(started_at)
+    return datetime.fromtimestamp(started_at).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
