@@ -297,11 +297,11 @@ class Device:
         """``argument``: None, a bytearray, or cdata whose memory is read and written back."""
         try:
             if argument is None:
-                return fcntl.ioctl(self.fd, request)
+                return int(fcntl.ioctl(self.fd, request))
             if isinstance(argument, bytearray):
-                return fcntl.ioctl(self.fd, request, argument)
+                return int(fcntl.ioctl(self.fd, request, argument))
             data = bytearray(ffi.buffer(argument))
-            result = fcntl.ioctl(self.fd, request, data)
+            result = int(fcntl.ioctl(self.fd, request, data))
             ffi.memmove(argument, data, len(data))
             return result
         except OSError as error:

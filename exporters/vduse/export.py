@@ -5,8 +5,8 @@ disk found and usable → linked. Each step registers its undoing before the nex
 first. Detach runs the same undoings in the same order. The words are also the names at which tests kill the process
 (see ``reached``); ``cleanup`` then removes what is left, from any of them.
 
-DEV_NEW and DEV_DEL block until the driver has probed or let go, which needs our own answers: they run on a thread of their
-own, never on the one that answers, nor on the loop that serves plugin queues.
+DEV_NEW and DEV_DEL block until the driver has probed or let go, which needs our own answers: they are sent by a process of
+their own, never by the thread that answers nor by the loop that serves plugin queues.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ class VduseExporter(Exporter):
         reached("served")
         # From here on a driver may be on top, and goes first.
         self._undo.push_async_callback(self._delete)
-        await asyncio.to_thread(self._add)
+        await kernel.netlink("add", self.name)
         reached("added")
+        await asyncio.to_thread(kernel.bind_virtio_vdpa, self.name)
         self._disk = await asyncio.to_thread(self._wait_for_disk, server)
         reached("found")
         self._undo.callback(kernel.remove_link, self.name)
@@ -155,14 +156,6 @@ class VduseExporter(Exporter):
             device.msg_timeout = _MSG_TIMEOUT
         reached("configured")
 
-    def _add(self) -> None:
-        """Runs on a thread of its own."""
-        from pyvduse.vdpa import Vdpa
-
-        with Vdpa() as vdpa:
-            vdpa.dev_add(self.name)
-        kernel.bind_virtio_vdpa(self.name)
-
     def _wait_for_disk(self, server: DeviceServer) -> str:
         """Runs on a thread of its own. DEV_NEW said yes; only the disk itself proves it."""
         deadline = time.monotonic() + self.options.timeout
@@ -180,15 +173,8 @@ class VduseExporter(Exporter):
     async def _delete(self) -> None:
         reached("detaching")
         if kernel.vdpa_device(self.name).exists():
-            await asyncio.to_thread(self._dev_del)
+            await kernel.netlink("del", self.name)
         reached("deleted")
-
-    def _dev_del(self) -> None:
-        """Runs on a thread of its own."""
-        from pyvduse.vdpa import Vdpa
-
-        with Vdpa() as vdpa:
-            vdpa.dev_del(self.name)
 
     @staticmethod
     def _after(action: Any, step: str) -> None:

@@ -5,10 +5,12 @@ Success of an attach is judged here, by the disk, because netlink reports succes
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 from vduse_blk.block.errors import UserError
@@ -47,6 +49,29 @@ def load_modules() -> None:
         )
     if not os.access(CONTROL, os.R_OK | os.W_OK):
         raise UserError(f"{CONTROL}: no permission; run as root", exit_code=_DENIED)
+
+
+async def netlink(verb: str, name: str) -> None:
+    """``verb`` "add" or "del": the vdpa device ``name``. Returns when the driver has probed, or let go.
+
+    In a process of its own: it may sit in the kernel for as long as a driver takes, and the netlink library would weigh on a
+    server that needs it twice in its life. Raises UserError with the kernel's reason.
+    """
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",
+        "-m",
+        "pyvduse.vdpa",
+        verb,
+        name,
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await child.communicate()
+    if child.returncode != 0:
+        lines = said.decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else f"netlink helper ended with status {child.returncode}"
+        raise UserError(reason, exit_code=_DENIED if child.returncode == _DENIED else 1)
 
 
 def vdpa_device(name: str) -> Path:
