@@ -275,7 +275,7 @@ def check_namespaces(root: Path) -> Finding:
             "namespaces",
             "warn",
             "cannot tell whether this is the initial network namespace",
-            "run as root in the initial network namespace",
+            "make sure that it is: elsewhere the vdpa family does not exist",
         )
     if ours != first:
         return Finding(

@@ -56,7 +56,6 @@ def disk_options(command: _Command) -> _Command:
             show_default=True,
             help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
         ),
-        output.json_option,
     )
     for parameter in reversed(parameters):
         command = parameter(command)
@@ -73,6 +72,7 @@ def disk_options(command: _Command) -> _Command:
     metavar="SECONDS",
     help="Longest wait for the disk; then everything is undone.",
 )
+@output.json_option
 def attach(source: str, name: str | None, as_json: bool, timeout: float, **options: Any) -> None:
     """Make a disk whose storage is SOURCE, and print its path (/dev/vdX).
 
@@ -91,18 +91,19 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 
 @click.command(short_help="Make a disk and serve it in the foreground.")
 @disk_options
+@output.json_option
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
-    """Make a disk whose storage is SOURCE, and serve it in the foreground, for service managers and
-    containers.
+    """Make a disk whose storage is SOURCE, and serve it in the foreground: for service managers and containers.
 
     Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT remove
-    the disk and end the server. SOURCE and options are those of attach; --json concerns only a failure to
-    start.
+    the disk and end the server, unless the disk is in use. SOURCE and options are those of attach; --json
+    concerns only a failure to start.
     """
     spec = specification(source, name, **options)
     claimed, _ = launch.claim_directory(spec.name, unique=name is None)
     stdin = launch.specification_file(dataclasses.replace(spec, name=claimed))
     os.dup2(stdin, 0)
+    os.set_inheritable(0, True)  # dup2 did that, unless 0 was closed and the file got that number itself
     command = launch.worker_command()
     os.execv(command[0], command)
 
@@ -111,7 +112,7 @@ def specification(source: str, name: str | None, **options: Any) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for anything it could not serve."""
     absolute = absolute_source(source)
     parsed = parse_source(absolute)
-    return WorkerSpec(name=name or default_name(parsed), source=absolute, **options)
+    return WorkerSpec(name=default_name(parsed) if name is None else name, source=absolute, **options)
 
 
 def absolute_source(source: str) -> str:
