@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 import pytest
@@ -296,18 +297,27 @@ class TestAttach:
 @pytest.mark.parametrize(
     ("source", "absolute"),
     [
-        ("disk.img", "/here/disk.img"),
-        ("./disk.img", "/here/disk.img"),
+        ("disk.img", "/he re/disk.img"),
+        ("./a/../disk.img", "/he re/disk.img"),
+        ("./odd:name?x", "/he re/odd:name?x"),
         ("/dev/sdb", "/dev/sdb"),
-        ("file:disk.img?direct=1", "file:/here/disk.img?direct=1"),
+        ("file:disk.img?direct=1", "file:/he%20re/disk.img?direct=1"),
+        ("file:my%20disk.img", "file:/he%20re/my%20disk.img"),
         ("file:/x?direct=1", "file:/x?direct=1"),
+        ("file:///x", "file:///x"),
+        ("file:?path=/x", "file:?path=/x"),
         ("memory:1G", "memory:1G"),
     ],
 )
-def test_absolute_source(source: str, absolute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths become absolute, everything else stays as written."""
-    monkeypatch.setattr(os, "getcwd", lambda: "/here")
-    assert attach_module.absolute_source(source) == absolute
+def test_relative_paths_become_absolute(
+    source: str, absolute: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Relative paths become absolute in every form of a source; everything else stays as written."""
+    here = tmp_path / "he re"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    made = attach_module.specification(source, "n").source
+    assert made == absolute.replace("/he%20re", quote(str(here))).replace("/he re", str(here))
 
 
 @pytest.mark.parametrize(
@@ -315,14 +325,12 @@ def test_absolute_source(source: str, absolute: str, monkeypatch: pytest.MonkeyP
     [
         ("/srv/disk.img", "disk"), ("/dev/sdb", "sdb"), ("/srv/my disk (1).raw", "my-disk-1"),
         ("/x/ä.img", "disk"), ("/x/control", "disk"), ("file:/x/a.b.img?direct=1", "a.b"),
-        ("memory:1G", "memory"), ("/x/" + "y" * 90, "y" * 63),
+        ("file:/x/my%20disk.img", "my-disk"), ("memory:1G", "memory"), ("/x/" + "y" * 90, "y" * 63),
     ],
 )  # fmt: skip
 def test_default_name(source: str, name: str) -> None:
-    """The name made from a source is always a good name."""
-    made = attach_module.default_name(attach_module.parse_source(source))
-    assert made == name
-    control.check_name(made)
+    """A name made from a source is always a good name."""
+    assert attach_module.specification(source, None).name == name
 
 
 class TestServe:

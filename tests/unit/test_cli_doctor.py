@@ -7,7 +7,6 @@ import resource
 from pathlib import Path
 
 import pytest
-
 from vduse_blk.exporters.vduse import doctor
 from vduse_blk.exporters.vduse.doctor import Finding
 

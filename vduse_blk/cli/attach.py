@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 import click
 
-from vduse_blk.block.source import SourceSpec, parse_source
+from vduse_blk import registry
+from vduse_blk.block.source import REST, parse_source
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import SECONDS, SIZE
 from vduse_blk.control import BLOCK_SIZES, PATHS, WorkerSpec
@@ -109,26 +111,32 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
 
 
 def specification(source: str, name: str | None, **options: Any) -> WorkerSpec:
-    """What to hand to the server. Raises ``UserError`` (exit 2) for anything it could not serve."""
-    absolute = absolute_source(source)
-    parsed = parse_source(absolute)
-    return WorkerSpec(name=default_name(parsed) if name is None else name, source=absolute, **options)
+    """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
+    parsed = parse_source(source)
+    place = parsed.options.get(REST, "") if takes_path(parsed.backend) else None
+    return WorkerSpec(
+        name=default_name(place or parsed.backend) if name is None else name,
+        source=source if place is None else absolute_source(source),
+        **options,
+    )
+
+
+def takes_path(backend: str) -> bool:
+    """Whether what follows the colon is a path. Raises ``UserError`` (exit 2) if there is no such backend."""
+    return getattr(registry.backend(backend).Options, "POSITIONAL", None) == "path"
 
 
 def absolute_source(source: str) -> str:
-    """``source`` as written, with a relative path made absolute: a server's working directory is ``/``."""
-    kind, colon, rest = source.partition(":")
-    if not colon or "/" in kind:
+    """``source``, which names a path, as written but absolute: a server's working directory is ``/``."""
+    kind, colon, place = source.partition(":")
+    if not colon or parse_source(source).options.get(REST) == source:  # a path as it is
         return os.path.abspath(source)
-    if kind != "file":
+    if not place or place.startswith(("/", "?")):
         return source
-    path, mark, query = rest.partition("?")
-    return f"{kind}:{os.path.abspath(path)}{mark}{query}" if path else source
+    return f"{kind}:{quote(os.getcwd())}/{place}"
 
 
-def default_name(parsed: SourceSpec) -> str:
-    """A name made from the source: './my disk.img' → 'my-disk', 'memory:1G' → 'memory'."""
-    path = parsed.options.get("path")
-    stem = PurePath(path).stem if isinstance(path, str) else parsed.backend
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip(".-")[:63]
+def default_name(place: str) -> str:
+    """A name made from a path or from a backend's name: './my disk.img' → 'my-disk', 'memory' → 'memory'."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(place).stem).strip(".-")[:63]
     return name if name and name != "control" else "disk"
