@@ -49,6 +49,8 @@ class Exporter(ABC):
         self.options = options
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to a sentence when the export dies under a running disk."""
+        self.path = "plugin"
+        """Who serves requests: "native" (C) or "plugin" (the event loop)."""
 
     @abstractmethod
     async def start(self) -> Endpoint:
