@@ -1,7 +1,7 @@
 """Control messages without I/O: bytes in, typed requests out; answers in, bytes out.
 
-The kernel sends one ``struct vduse_dev_request`` per read() and takes one ``struct vduse_dev_response`` per write(). What each
-status means to a device, and when it comes, is in docs/pyvduse.md.
+The kernel sends one ``struct vduse_dev_request`` per read() and takes one ``struct vduse_dev_response`` per write().
+What each status means to a device, and when it comes, is in docs/pyvduse.md.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class Transition(enum.Enum):
 
 
 class StatusMachine:
-    """Names the step a device takes with each status. Steps are idempotent: the kernel redelivers an unanswered message, with
-    its old id, to the next process that opens the device."""
+    """Names the step a device takes with each status. Steps are idempotent: the kernel redelivers an unanswered message,
+    with its old id, to the next process that opens the device."""
 
     def __init__(self) -> None:
         self.status = Status(0)

@@ -12,14 +12,15 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.server import DeviceServer
+
 from pyvduse.control import Control
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
 from pyvduse.vdpa import Vdpa
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
-from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.server import DeviceServer
 from vduse_blk.holders import Holder, holders_of
 from vduse_blk.queue import DiskRules, NativeQueue, Queue
 from vduse_blk.virtio import Feature, VirtioBlkDevice

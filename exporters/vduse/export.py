@@ -18,6 +18,9 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
+from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.server import DeviceServer
+
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
@@ -25,8 +28,6 @@ from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.stack import Stack
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
-from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.server import DeviceServer
 from vduse_blk.queue import DiskRules, NativeQueue, PluginQueue, Queue
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
@@ -40,8 +41,8 @@ _MIB = 1 << 20
 
 
 def bounce_size(queues: int, queue_size: int) -> int:
-    """Bytes of bounce buffer: room for every request to be 64 KiB at once, within what the kernel allows (1 MiB to 1 GiB) and
-    what a single largest request needs several times over. Pages are allocated only when used."""
+    """Bytes of bounce buffer: room for every request to be 64 KiB at once, within what the kernel allows (1 MiB to
+    1 GiB) and what a single largest request needs several times over. Pages are allocated only when used."""
     return max(64 * _MIB, min(1024 * _MIB, queues * queue_size * 64 * 1024))
 
 

@@ -157,7 +157,9 @@ class FakeDriver:
         """Descriptors not in use."""
         return len(self._free)
 
-    def put_desc(self, slot: int, iova: int, length: int, flags: int, following: int = 0, *, table: int | None = None) -> None:
+    def put_desc(
+        self, slot: int, iova: int, length: int, flags: int, following: int = 0, *, table: int | None = None
+    ) -> None:
         """Write descriptor ``slot`` of the ring, or of the indirect table at IOVA ``table``."""
         self.put((self.desc if table is None else table) + 16 * slot, _DESC.pack(iova, length, flags, following))
 
@@ -245,14 +247,12 @@ class FakeDriver:
         ``split_header`` cuts the header in two and lets the data begin in the second half's buffer."""
         header = _HEADER.pack(kind, 0, sector)
         readable: list[Buffer] = []
-        writable: list[Buffer] = []
         if split_header:
             joined = header[5:] + out
             readable = [self._filled(header[:5]), self._filled(joined)]
         else:
             readable = [self._filled(header), *(self._filled(part) for part in _cut(out, pieces))]
-        for length in _cut_length(into, pieces):
-            writable.append(Buffer(self.alloc(length, 512), length, True))
+        writable = [Buffer(self.alloc(length, 512), length, True) for length in _cut_length(into, pieces)]
         status = Buffer(self.alloc(1), 1, True)
         head = self.add_chain([*readable, *writable, status], indirect=indirect)
         request = Request(head, writable, status.iova)

@@ -21,7 +21,6 @@ from typing import Any
 
 from vduse_blk import control, registry
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.source import open_source
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
@@ -89,7 +88,7 @@ class Worker:
 
     async def _bring_up(self) -> None:
         spec = self._spec
-        stack = open_source(
+        stack = registry.open_source(
             spec.source,
             dict(spec.options),
             read_only=spec.read_only,
