@@ -1,0 +1,218 @@
+"""What storage is: a ``Backend``, and what it says about itself, ``BlockInfo``.
+
+Rules that hold for every method of every backend and filter:
+
+* All coroutines run on one event loop. Any number of reads, writes, flushes, discards and write_zeroes may be under way
+  at once; the order of overlapping ones is open. ``open``, ``refresh``, ``resize``, ``close`` and ``abandon`` come one
+  at a time, ``close`` and ``abandon`` with nothing else under way.
+* Callers (that is: the stack) keep every range inside the size, and offset and length multiples of the logical block
+  size. Segments may have any length and address; only their sum is a multiple of the block size.
+* The segments are the backend's only until its coroutine ends, **also when that is by cancellation**: guest memory is
+  unmapped afterwards, and a thread that still copies would write into somebody else's.
+* A request ends by returning or by ``OSError``; ``EOPNOTSUPP`` means "never ask this again". ``open`` and ``resize`` may
+  also raise ``UserError``. Anything else is a bug.
+* Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from vduse_blk.block.native import NativeTarget
+
+Segments = Sequence[memoryview]
+"""Pieces of memory of one request, in order; each of format 'B', one dimension, contiguous."""
+
+
+class Support(Enum):
+    """Who does an operation: nobody (refused with EOPNOTSUPP), the stack, or the backend."""
+
+    NONE = "none"
+    EMULATE = "emulate"
+    NATIVE = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """What a disk is. Sizes in bytes. Raises ValueError if it cannot be true."""
+
+    size: int
+    logical_block_size: int = 512
+    """Every offset and length is a multiple. A power of two, at least 512."""
+    physical_block_size: int = 512
+    """Smallest write that does not make the storage read first."""
+    optimal_io_size: int = 0
+    """0: unknown."""
+    max_transfer: int = 0
+    """Longest read or write the backend takes; the stack cuts. 0: no limit."""
+    read_only: bool = False
+    rotational: bool = False
+    volatile_cache: bool = False
+    """Completed writes may be lost before a flush."""
+    fua: Support = Support.EMULATE
+    """EMULATE: a flush after the write."""
+    discard: Support = Support.NONE
+    """EMULATE: accepted and ignored, which is what discard allows."""
+    write_zeroes: Support = Support.EMULATE
+    """EMULATE: zeros are written. A NATIVE backend may still raise EOPNOTSUPP: then they are, too."""
+    secure_erase: Support = Support.NONE
+    serial: str = ""
+    """At most 20 ASCII characters."""
+
+    def __post_init__(self) -> None:
+        block = self.logical_block_size
+        if self.size < 0:
+            raise ValueError(f"size {self.size} is negative")
+        if block < 512 or block & (block - 1):
+            raise ValueError(f"logical_block_size {block} is no power of two from 512")
+        if self.max_transfer < 0 or self.max_transfer % block:
+            raise ValueError(f"max_transfer {self.max_transfer} is no multiple of {block}")
+
+
+class Backend(ABC):
+    """A leaf of storage, or a filter over one. ``str()`` of it is what messages call it."""
+
+    Options: ClassVar[type]
+    """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
+
+    def __init__(self, options: Any) -> None:
+        """``options`` is an instance of ``Options``. Touches nothing."""
+        self.options = options
+
+    def __str__(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    async def open(self) -> BlockInfo:
+        """Make the storage ready. Called once. A failure leaves nothing open and nothing created.
+
+        Raises UserError for what the user can mend.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of everything ``open`` took. Flushes nothing. Called once, after a successful ``open``."""
+
+    async def abandon(self) -> None:
+        """``close``, and remove what ``open`` has created: the disk was never given to anybody."""
+        await self.close()
+
+    @abstractmethod
+    async def read(self, offset: int, into: Segments) -> None:
+        """Fill all of ``into``; a part that cannot be read is an OSError, never silent zeros."""
+
+    @abstractmethod
+    async def write(self, offset: int, data: Segments, *, fua: bool = False) -> None:
+        """Write all of ``data``, perhaps read-only memory. ``fua``, asked only if it is NATIVE: durable on return."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make durable everything completed before the call. An error means that something may be lost; a later flush
+        must not make it look as if it were not."""
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The content of the range is needed no longer; what it reads as afterwards is open. Only if NATIVE."""
+
+    @abstractmethod
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fua: bool = False) -> None:
+        """The range reads as zeros afterwards; ``unmap``: its space may be given back. Only if NATIVE, ``fua`` as in
+        ``write``. EOPNOTSUPP: nothing was changed, or some of it is zero already."""
+
+    @abstractmethod
+    async def refresh(self) -> BlockInfo:
+        """Look again: the size may have changed."""
+
+    async def resize(self, size: int) -> BlockInfo:
+        """Grow to ``size`` bytes (the stack has checked that it is growth, and the alignment), durably.
+
+        Raises UserError for what the user can mend, OSError(EOPNOTSUPP) where it can never be done.
+        """
+        raise OSError(errno.EOPNOTSUPP, f"{self} has a fixed size")
+
+    def native_target(self) -> NativeTarget | None:
+        """How C can serve this without Python, from ``open`` to ``close``; None: it cannot."""
+        return None
+
+    def is_temporary(self, error: OSError) -> bool:
+        """Whether the same request may succeed later."""
+        return False
+
+
+class PassthroughFilter(Backend):
+    """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
+
+    Never native: a request served in C would go past the filter.
+    """
+
+    def __init__(self, below: Backend, options: Any) -> None:
+        super().__init__(options)
+        self.below = below
+
+    def __str__(self) -> str:
+        return str(self.below)
+
+    async def open(self) -> BlockInfo:
+        return await self.below.open()
+
+    async def close(self) -> None:
+        await self.below.close()
+
+    async def abandon(self) -> None:
+        await self.below.abandon()
+
+    async def read(self, offset: int, into: Segments) -> None:
+        await self.below.read(offset, into)
+
+    async def write(self, offset: int, data: Segments, *, fua: bool = False) -> None:
+        await self.below.write(offset, data, fua=fua)
+
+    async def flush(self) -> None:
+        await self.below.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.below.discard(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fua: bool = False) -> None:
+        await self.below.write_zeroes(offset, length, unmap=unmap, fua=fua)
+
+    async def refresh(self) -> BlockInfo:
+        return await self.below.refresh()
+
+    async def resize(self, size: int) -> BlockInfo:
+        return await self.below.resize(size)
+
+    def is_temporary(self, error: OSError) -> bool:
+        return self.below.is_temporary(error)
+
+
+class TransformFilter(Backend):
+    """A layer over ``below`` that changes what the bytes mean (cow, cache, crypt).
+
+    Every operation stays abstract, those with a default in ``Backend`` too: when the contract grows, a transform that
+    forgot the new operation cannot be instantiated, instead of corrupting data.
+    """
+
+    def __init__(self, below: Backend, options: Any) -> None:
+        super().__init__(options)
+        self.below = below
+
+    def __str__(self) -> str:
+        return str(self.below)
+
+    @abstractmethod
+    async def abandon(self) -> None: ...
+
+    @abstractmethod
+    async def resize(self, size: int) -> BlockInfo: ...
+
+    @abstractmethod
+    def native_target(self) -> NativeTarget | None: ...
+
+    @abstractmethod
+    def is_temporary(self, error: OSError) -> bool: ...

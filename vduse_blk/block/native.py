@@ -1,0 +1,29 @@
+"""How C can serve a stack without Python: a closed union, mirrored by ``struct vb_target`` of the C core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FileTarget:
+    """Bytes of the disk are bytes of ``fd``. The descriptor stays the backend's and is valid until it is closed."""
+
+    fd: int
+    is_block_device: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTarget:
+    """``size`` bytes at ``address`` of this process; valid until the backend is closed."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NullTarget:
+    """Reads give zeros, everything else succeeds and does nothing."""
+
+
+NativeTarget = FileTarget | MemoryTarget | NullTarget

@@ -1,0 +1,151 @@
+"""Options as frozen dataclasses: one declaration gives URI parsing, help and JSON schema.
+
+A field has ``about`` for metadata and the type ``str``, ``bool``, ``Size`` or one of these ``| None``. One without default
+is required::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        path: str = field(metadata=about("path of the file", place=True))
+        size: Size | None = field(default=None, metadata=about("size to create it with"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING
+from types import UnionType
+from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
+
+from vduse_blk.block.errors import UserError
+
+_SIZE = "size"
+Size = Annotated[int, _SIZE]
+"""A number of bytes, which a user may write with a suffix."""
+
+MAX_SIZE: Final = (1 << 63) - 1
+"""Largest file offset of Linux."""
+
+_UNITS: Final = "KMGTPE"
+_SIZE_TEXT: Final = re.compile(rf"([0-9]+)([{_UNITS}]?)", re.IGNORECASE | re.ASCII)
+_BOOLEANS: Final = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+
+
+def about(help: str, *, place: bool = False) -> Mapping[str, object]:
+    """Metadata of a field. ``place``: it is what stands before the '?' of a URI."""
+    return {"help": help, "place": place}
+
+
+def parse_size(text: str) -> int:
+    """Bytes. '4096', '4k', '512M', '1G', '1T': suffixes are powers of 1024. Raises UserError."""
+    match = _SIZE_TEXT.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"size: {text!r} is not usable; accepted are bytes, or a number with K, M, G, T, P or E (512M, 1G)")
+    size = int(match[1]) << 10 * (_UNITS.index(match[2].upper()) + 1 if match[2] else 0)
+    if size > MAX_SIZE:
+        raise UserError(f"size: {text!r} is too large; accepted are sizes below 8E")
+    return size
+
+
+def place_of(options: type) -> str | None:
+    """Name of the field that stands before the '?' of a URI."""
+    return next((f.name for f in dataclasses.fields(options) if f.metadata["place"]), None)
+
+
+def parse_values(owner: str, options: type, given: Mapping[str, object]) -> dict[str, Any]:
+    """Check and convert values, each text as a user writes it or already of the field's type.
+
+    ``owner`` is the backend's name, for messages. Raises UserError naming the key and what is accepted.
+    """
+    hints = _hints(options)
+    for key in given:
+        if key not in hints:
+            accepted = ", ".join(sorted(hints)) or "none"
+            raise UserError(f"{key}: '{owner}' has no such option; accepted are {accepted}")
+    return {key: _convert(key, hints[key], value) for key, value in given.items()}
+
+
+def make_options(owner: str, options: type, given: Mapping[str, object]) -> Any:
+    """An instance of ``options``. Raises UserError as ``parse_values`` does, and for a required one that is missing."""
+    values = parse_values(owner, options, given)
+    for field in dataclasses.fields(options):
+        if field.default is MISSING and field.name not in values:
+            raise UserError(f"{field.name}: '{owner}' needs it: {field.metadata['help']}")
+    return options(**values)
+
+
+def help_rows(options: type) -> list[tuple[str, str, str]]:
+    """(name, accepted values, help) of every option, in declared order."""
+    hints = _hints(options)
+    rows = []
+    for field in dataclasses.fields(options):
+        text = field.metadata["help"]
+        if field.default is MISSING:
+            text += " [required]"
+        elif field.default not in (None, False, ""):
+            text += f" [default: {field.default}]"
+        rows.append((field.name, _ACCEPTED[hints[field.name]], text))
+    return rows
+
+
+def json_schema(options: type) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of an object with these options."""
+    hints = _hints(options)
+    properties: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        properties[field.name] = dict(_SCHEMAS[hints[field.name]], description=field.metadata["help"])
+        if field.default not in (MISSING, None):
+            properties[field.name]["default"] = field.default
+    required = [field.name for field in dataclasses.fields(options) if field.default is MISSING]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+_SCHEMAS: Final[dict[object, dict[str, Any]]] = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    _SIZE: {
+        "anyOf": [
+            {"type": "integer", "minimum": 0, "maximum": MAX_SIZE},
+            {"type": "string", "pattern": f"^[0-9]+[{_UNITS}{_UNITS.lower()}]?$"},
+        ]
+    },
+}
+
+
+_ACCEPTED: Final[dict[object, str]] = {str: "TEXT", bool: "1|0|yes|no|true|false", _SIZE: "SIZE"}
+
+
+def _hints(options: type) -> dict[str, object]:
+    """Field name → ``str``, ``bool`` or ``_SIZE``."""
+    result: dict[str, object] = {}
+    hints = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        if get_origin(hint) in (Union, UnionType):
+            (hint,) = (part for part in get_args(hint) if part is not type(None))
+        if get_origin(hint) is Annotated:
+            hint = get_args(hint)[1]
+        if hint not in _SCHEMAS:
+            raise TypeError(f"{options.__qualname__}.{field.name}: options are str, bool or Size, not {hint}")
+        result[field.name] = hint
+    return result
+
+
+def _convert(key: str, hint: object, value: object) -> object:
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _BOOLEANS:
+            return _BOOLEANS[value.lower()]
+        raise UserError(f"{key}: {value!r} is not usable; accepted are {', '.join(_BOOLEANS)}")
+    if hint == _SIZE:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE:
+            return value
+        try:
+            return parse_size(value if isinstance(value, str) else repr(value))
+        except UserError as error:
+            raise UserError(f"{key}: {str(error).partition(': ')[2]}") from None
+    if isinstance(value, str) and value and "\0" not in value:
+        return value
+    raise UserError(f"{key}: {value!r} is not usable; accepted is text that is not empty")

@@ -1,0 +1,132 @@
+"""How a user names storage: a path, or ``KIND:PLACE?OPTION=VALUE&…``.
+
+``KIND`` is a backend's name. What stands before the '?' is the value of the backend's *place* option; it and the values
+are percent-decoded. Anything that does not begin with letters and a colon is a path, taken as it is, whatever characters
+are in it; so is a file that exists and whose name merely looks like a URI of no known kind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+from urllib.parse import unquote
+
+from vduse_blk import registry
+from vduse_blk.block.contract import Backend
+from vduse_blk.block.errors import UserError
+from vduse_blk.block.options import make_options, parse_values, place_of
+from vduse_blk.block.stack import Stack
+
+_URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9_+.-]*):(.*)", re.DOTALL)
+_FILE: Final = "file"
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A backend's name and the options the source gives, converted to their types (``path`` or ``size``, say)."""
+
+    backend: str
+    options: Mapping[str, Any]
+
+
+def parse_source(source: str) -> SourceSpec:
+    """Understand a source as far as is possible without touching it. Raises UserError naming what is accepted."""
+    match = _URI.fullmatch(source)
+    known = match is not None and registry.exists("backend", match[1])
+    if match is None or (not known and os.path.lexists(source)):
+        given: dict[str, object] = {"path": source}
+        return SourceSpec(_FILE, parse_values(_FILE, _options_of(_FILE), given))
+    kind, rest = match[1], match[2]
+    if not known:
+        kinds = registry.names("backend")
+        raise UserError(
+            f"source: '{kind}:' is no kind of storage; accepted are a path and {', '.join(f'{k}:' for k in kinds)} "
+            f"(a file of that name is written ./{source})"
+        )
+    return SourceSpec(kind, _parse_uri(kind, rest))
+
+
+def absolute_source(source: str) -> str:
+    """The same storage, named so that it does not depend on the working directory."""
+    spec = parse_source(source)
+    path = spec.options.get("path")
+    if spec.backend != _FILE or not isinstance(path, str) or os.path.isabs(path):
+        return source
+    match = _URI.fullmatch(source)
+    if match is None or match[1] != _FILE:
+        return os.path.join(os.getcwd(), source)
+    # The working directory's name is not percent-decoded yet: it must survive that.
+    return f"{_FILE}:{_quoted(os.getcwd())}/{match[2]}"
+
+
+def open_source(
+    source: str,
+    options: Mapping[str, object] | None = None,
+    *,
+    read_only: bool = False,
+    block_size: int | None = None,
+    size: int | None = None,
+    serial: str | None = None,
+) -> Stack:
+    """A stack over the storage, not opened yet.
+
+    ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
+    options of these names. Raises UserError.
+    """
+    spec = parse_source(source)
+    kind = registry.backend(spec.backend)
+    values = dict(spec.options)
+    more = dict(options or {})
+    if size is not None:
+        if "size" not in _names(kind):
+            raise UserError(f"size: storage of kind '{spec.backend}' has its own size; leave it out")
+        more["size"] = size
+    for key, value in parse_values(spec.backend, kind.Options, more).items():
+        if values.setdefault(key, value) != value:
+            raise UserError(f"{key}: given twice, as {values[key]} in the source and as {value}; leave one out")
+    if read_only and "read_only" in _names(kind):
+        values["read_only"] = True
+    backend = kind(make_options(spec.backend, kind.Options, values))
+    return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only)
+
+
+def _parse_uri(kind: str, rest: str) -> dict[str, Any]:
+    options = _options_of(kind)
+    place_text, _, query = rest.partition("?")
+    given: dict[str, object] = {}
+    place = place_of(options)
+    if place_text.startswith("//"):  # kind://host/path, as in URIs of the web
+        host, slash, path = place_text[2:].partition("/")
+        if host not in ("", "localhost"):
+            raise UserError(f"source: '{kind}://{host}' names another host; accepted is {kind}:/path")
+        place_text = slash + path
+    if place_text:
+        if place is None:
+            raise UserError(f"source: '{kind}:' takes nothing but options, {kind}:?OPTION=VALUE")
+        given[place] = unquote(place_text)
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{key}: has no value; accepted is {key}=VALUE")
+        if key in given:
+            raise UserError(f"{key}: given twice; leave one out")
+        given[key] = unquote(value)
+    values = parse_values(kind, options, given)
+    if place is not None and place not in values:
+        raise UserError(f"source: '{kind}:' needs a {place} after the colon")
+    return values
+
+
+def _options_of(kind: str) -> type:
+    return registry.backend(kind).Options
+
+
+def _names(kind: type[Backend]) -> set[str]:
+    return {field.name for field in fields(kind.Options)}
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("?", "%3F")
