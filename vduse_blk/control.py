@@ -73,6 +73,10 @@ class NotServed(ControlError):
     """The disk's directory exists, its server does not (or does not listen yet)."""
 
 
+class Hangup(ControlError):
+    """The server ended the conversation, or spoke nonsense, instead of a reply; perhaps it died."""
+
+
 # ---------------------------------------------------------------------------------------------------- names
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
@@ -476,7 +480,7 @@ class Client:
                 Exit.TIMEOUT,
             ) from e
         except (OSError, ValueError, EOFError) as e:
-            raise ControlError(
+            raise Hangup(
                 f"the server of disk '{self.name}' broke the conversation during '{op}' "
                 f"({str(e) or type(e).__name__}); its log: {DiskPaths.of(self.name).log}",
                 Exit.FAILED,

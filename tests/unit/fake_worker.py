@@ -76,12 +76,15 @@ def main() -> None:
         "ready_fd": spec.ready_fd, "notify": "NOTIFY_SOCKET" in os.environ,
     }  # fmt: skip
     info: dict[str, Any] = state | {
-        "queue_count": spec.queues or 1, "size": spec.size or 1 << 30, "block_size": spec.block_size or 512,
+        "queue_count": 2, "size": spec.size or 1 << 30, "block_size": spec.block_size or 512,
         "read_only": spec.read_only,
         "serial": spec.serial or "fake", "path": "native", "seen": seen,
-        "queues": [{"index": 0, "size": spec.queue_size, "ready": True, "counters": {"reads": 7}}],
+        "queues": [
+            {"index": 0, "size": spec.queue_size, "ready": True, "state": "running", "counters": {"read_ops": 7}},
+            {"index": 1, "size": spec.queue_size, "ready": False, "state": "unused", "counters": {}},
+        ],
         "features_offered": ["flush", "discard"], "features_negotiated": ["flush"],
-        "counters": {"reads": 7, "read_bytes": 4096},
+        "counters": {"read_ops": 7, "write_ops": 0},
     }  # fmt: skip
     while True:
         connection, _ = listener.accept()

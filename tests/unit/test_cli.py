@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import click
 import pytest
@@ -189,7 +188,7 @@ class TestAttach:
         """The server, which works in '/', is told the absolute path."""
         (tmp_path / "disk.img").write_bytes(b"\0" * 4096)
         host.run("attach", "./disk.img", cwd=tmp_path)
-        assert host.json("info", "disk")[1]["source"] == str(tmp_path / "disk.img")
+        assert os.path.normpath(host.json("info", "disk")[1]["source"]) == str(tmp_path / "disk.img")
 
     @pytest.mark.parametrize(
         "arguments",
@@ -295,32 +294,6 @@ class TestAttach:
 
 
 @pytest.mark.parametrize(
-    ("source", "absolute"),
-    [
-        ("disk.img", "/he re/disk.img"),
-        ("./a/../disk.img", "/he re/disk.img"),
-        ("./odd:name?x", "/he re/odd:name?x"),
-        ("/dev/sdb", "/dev/sdb"),
-        ("file:disk.img?direct=1", "file:/he%20re/disk.img?direct=1"),
-        ("file:my%20disk.img", "file:/he%20re/my%20disk.img"),
-        ("file:/x?direct=1", "file:/x?direct=1"),
-        ("file:///x", "file:///x"),
-        ("file:?path=/x", "file:?path=/x"),
-        ("memory:1G", "memory:1G"),
-    ],
-)
-def test_relative_paths_become_absolute(
-    source: str, absolute: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Relative paths become absolute in every form of a source; everything else stays as written."""
-    here = tmp_path / "he re"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    made = attach_module.specification(source, "n").source
-    assert made == absolute.replace("/he%20re", quote(str(here))).replace("/he re", str(here))
-
-
-@pytest.mark.parametrize(
     ("source", "name"),
     [
         ("/srv/disk.img", "disk"), ("/dev/sdb", "sdb"), ("/srv/my disk (1).raw", "my-disk-1"),
@@ -390,7 +363,7 @@ class TestDetach:
         assert host.names() == []
 
     def test_a_server_that_dies_meanwhile(self, host: Host) -> None:
-        """A server that dies while it detaches is cleaned up after."""
+        """A server that dies while it detaches is waited for and cleaned up after."""
         host.run("attach", "memory:1G", fake="mortal")
         assert host.run("detach", "memory").returncode == 0
         assert host.names() == []
@@ -426,7 +399,7 @@ class TestList:
         lines = [line.split() for line in host.run("list").stdout.splitlines()]
         assert lines == [
             ["NAME", "DEVICE", "SIZE", "PATH", "QUEUES", "SOURCE", "PID", "STATE"],
-            ["a", "/dev/vdz", "1", "GiB", "native", "1", "memory:1G", str(pids["a"]), "serving"],
+            ["a", "/dev/vdz", "1", "GiB", "native", "2", "memory:1G", str(pids["a"]), "serving"],
             ["b", "/dev/vdz", "-", "-", "-", "memory:1G", "-", "dead"],
         ]
 
@@ -479,17 +452,18 @@ class TestInfo:
     def test_says_everything(self, host: Host) -> None:
         """Device, size, features with those the driver did not take, queues and counters are shown."""
         host.run("attach", "memory:1G", "--name", "a")
-        text = host.run("info", "a").stdout
+        lines = [" ".join(line.split()) for line in host.run("info", "a").stdout.splitlines()]
         for expected in (
-            "/dev/vdz",
-            "1 GiB (1073741824 bytes)",
-            "flush",
-            "not taken   discard",
-            "QUEUE",
-            "READS",
+            "device /dev/vdz",
+            "size 1 GiB (1073741824 bytes)",
+            "features flush",
+            "not taken discard",
+            "queues 2 of 256 descriptors; unused: 1",
+            "COUNTER TOTAL QUEUE 0 QUEUE 1",
+            "read ops 7 7 0",
         ):
-            assert expected in text
-        assert re.search(r"^read bytes +4096$", text, re.MULTILINE)
+            assert expected in lines
+        assert not any("write ops" in line for line in lines)  # has not counted
 
     def test_a_dead_disk(self, host: Host) -> None:
         """Of a disk without a server what its directory holds is shown, and its state; exit 0."""

@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
-from urllib.parse import quote
 
 import click
 
-from vduse_blk import registry
-from vduse_blk.block.source import REST, parse_source
+from vduse_blk.block.options import parse_size
+from vduse_blk.block.source import absolute_source, parse_source
 from vduse_blk.cli import launch, output
-from vduse_blk.cli.options import SECONDS, SIZE
+from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import BLOCK_SIZES, PATHS, WorkerSpec
 
 _Command = Callable[..., Any]
@@ -49,7 +48,10 @@ def disk_options(command: _Command) -> _Command:
             help=f"Logical block size: {', '.join(map(str, BLOCK_SIZES))}.  [default: the storage's own]",
         ),
         click.option(
-            "--size", type=SIZE, metavar="SIZE", help="Size of the disk; creates a file that does not exist."
+            "--size",
+            type=parse_size,
+            metavar="SIZE",
+            help="Size of the disk; creates a file that does not exist.",
         ),
         click.option(
             "--path",
@@ -66,15 +68,8 @@ def disk_options(command: _Command) -> _Command:
 
 @click.command(short_help="Make a disk and print its path.")
 @disk_options
-@click.option(
-    "--timeout",
-    type=SECONDS,
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Longest wait for the disk; then everything is undone.",
-)
-@output.json_option
+@timeout_option("Longest wait for the disk; then everything is undone.")
+@json_option
 def attach(source: str, name: str | None, as_json: bool, timeout: float, **options: Any) -> None:
     """Make a disk whose storage is SOURCE, and print its path (/dev/vdX).
 
@@ -93,9 +88,10 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 
 @click.command(short_help="Make a disk and serve it in the foreground.")
 @disk_options
-@output.json_option
+@json_option
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
-    """Make a disk whose storage is SOURCE, and serve it in the foreground: for service managers and containers.
+    """Make a disk whose storage is SOURCE, and serve it in the foreground: for service managers and
+    containers.
 
     Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT remove
     the disk and end the server, unless the disk is in use. SOURCE and options are those of attach; --json
@@ -113,27 +109,11 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
 def specification(source: str, name: str | None, **options: Any) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
     parsed = parse_source(source)
-    place = parsed.options.get(REST, "") if takes_path(parsed.backend) else None
     return WorkerSpec(
-        name=default_name(place or parsed.backend) if name is None else name,
-        source=source if place is None else absolute_source(source),
+        name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
+        source=absolute_source(source),
         **options,
     )
-
-
-def takes_path(backend: str) -> bool:
-    """Whether what follows the colon is a path. Raises ``UserError`` (exit 2) if there is no such backend."""
-    return getattr(registry.backend(backend).Options, "POSITIONAL", None) == "path"
-
-
-def absolute_source(source: str) -> str:
-    """``source``, which names a path, as written but absolute: a server's working directory is ``/``."""
-    kind, colon, place = source.partition(":")
-    if not colon or parse_source(source).options.get(REST) == source:  # a path as it is
-        return os.path.abspath(source)
-    if not place or place.startswith(("/", "?")):
-        return source
-    return f"{kind}:{quote(os.getcwd())}/{place}"
 
 
 def default_name(place: str) -> str:

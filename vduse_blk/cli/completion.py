@@ -7,6 +7,7 @@ import click
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
+from vduse_blk.cli.options import json_option
 
 
 def complete_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -19,7 +20,7 @@ def complete_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 @click.command(short_help="Print a completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@output.json_option
+@json_option
 def completion(shell: str, as_json: bool) -> None:
     """Print a script that makes SHELL complete commands, options and the names of disks.
 

@@ -10,12 +10,13 @@ import click
 
 from vduse_blk import control
 from vduse_blk.cli import output
+from vduse_blk.cli.options import json_option
 
 LEVEL_STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 @click.command(short_help="Say whether this host can do it, and the remedy if not.")
-@output.json_option
+@json_option
 def doctor(as_json: bool) -> int:
     """Check whether this host can serve disks: kernel, modules, permissions, io_uring, page size and more.
 

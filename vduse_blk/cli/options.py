@@ -1,22 +1,29 @@
-"""Kinds of option values that more than one command takes."""
+"""Options that more than one command has."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from vduse_blk.block.options import parse_size
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class SizeType(click.ParamType):
-    """A number of bytes, with a suffix K, M, G … if wanted."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_size(str(value))
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json``, which every command has; the parameter is ``as_json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON for programs, also for a failure."
+    )(command)
 
 
-SIZE: Final = SizeType()
-SECONDS: Final = click.FloatRange(min=0, min_open=True)
+def timeout_option(help: str) -> Decorator:
+    """``--timeout SECONDS``, 60 unless given."""
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help=help,
+    )

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import click
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as of a program that SIGINT ends."""
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def json_option(function: _F) -> _F:
-    """The option every command has."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON for programs, also for a failure."
-    )(function)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

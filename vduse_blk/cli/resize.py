@@ -5,23 +5,17 @@ from __future__ import annotations
 import click
 
 from vduse_blk import control
+from vduse_blk.block.options import parse_size
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
-from vduse_blk.cli.options import SIZE
+from vduse_blk.cli.options import json_option, timeout_option
 
 
 @click.command(short_help="Change the size of a disk in use.")
 @click.argument("name", shell_complete=complete_names)
-@click.argument("size", type=SIZE)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Longest wait for the storage to change its size.",
-)
-@output.json_option
+@click.argument("size", type=parse_size)
+@timeout_option("Longest wait for the storage to change its size.")
+@json_option
 def resize(name: str, size: int, timeout: float, as_json: bool) -> None:
     """Make the disk NAME SIZE bytes large (suffixes K, M, G, T: powers of 1024).
 

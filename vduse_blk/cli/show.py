@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ import click
 from vduse_blk import control
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
+from vduse_blk.cli.options import json_option
 
 STATE_STYLES: Final = {
     "serving": "green",
@@ -19,10 +20,11 @@ STATE_STYLES: Final = {
     "broken": "red",
     "starting": "yellow",
 }
+MAX_QUEUE_COLUMNS: Final = 8
 
 
 @click.command("list", short_help="List all disks.")
-@output.json_option
+@json_option
 def list_disks(as_json: bool) -> None:
     """List every disk of this host, those whose server died included.
 
@@ -45,7 +47,7 @@ def list_disks(as_json: bool) -> None:
 
 @click.command(short_help="Show everything about one disk.")
 @click.argument("name", shell_complete=complete_names)
-@output.json_option
+@json_option
 def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
     disk = control.disk_status(name, timeout=10)
@@ -78,7 +80,7 @@ def _row(disk: control.DiskStatus) -> tuple[str, ...]:
 
 
 def print_info(disk: control.DiskStatus) -> None:
-    """Print one disk for people: fields, then one table of queues and one of counters."""
+    """Print one disk for people: its properties, then a table of counters."""
     know = disk.info
     rows = [("name", disk.name), ("state", disk.state)]
     rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
@@ -90,6 +92,8 @@ def print_info(disk: control.DiskStatus) -> None:
         rows.append(("read-only", "yes" if know["read_only"] else "no"))
     if disk.state != "dead" and know.get("pid"):
         rows.append(("server", f"process {know['pid']}"))
+    if isinstance(know.get("queues"), list) and know["queues"]:
+        rows.append(("queues", _queues_text(know["queues"])))
     if know.get("started_at"):
         rows.append(("since", _time_text(know["started_at"])))
     if "features_negotiated" in know:
@@ -100,41 +104,33 @@ def print_info(disk: control.DiskStatus) -> None:
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         click.echo(f"{label.ljust(width)}  {value}")
-    _print_queues(know.get("queues"))
-    _print_counters(know.get("counters"))
+    _print_counters(know.get("counters"), know.get("queues"))
 
 
-def _print_queues(queues: object) -> None:
-    if not isinstance(queues, list) or not queues:
+def _queues_text(queues: list[Mapping[str, Any]]) -> str:
+    """'2 of 256 descriptors', and which of them do not serve requests."""
+    sizes = " or ".join(dict.fromkeys(str(queue.get("size")) for queue in queues))
+    text = f"{len(queues)} of {sizes} descriptors"
+    for state in ("unused", "broken"):
+        in_state = [str(queue.get("index")) for queue in queues if queue.get("state") == state]
+        if in_state:
+            text += f"; {state}: {' '.join(in_state)}"
+    return text
+
+
+def _print_counters(totals: object, queues: object) -> None:
+    """One row per counter that has counted, with a column per queue where they fit."""
+    if not isinstance(totals, Mapping):
         return
-    counters = _keys_of(queue.get("counters", {}) for queue in queues)
-    click.echo()
-    output.print_table(
-        ("QUEUE", "SIZE", "READY", *(key.replace("_", " ").upper() for key in counters)),
-        [
-            (
-                str(queue.get("index", "-")),
-                str(queue.get("size", "-")),
-                "yes" if queue.get("ready") else "no",
-                *(str(queue.get("counters", {}).get(key, 0)) for key in counters),
-            )
-            for queue in queues
-        ],
-    )
-
-
-def _print_counters(counters: object) -> None:
-    if not isinstance(counters, Mapping) or not counters:
-        return
-    click.echo()
-    output.print_table(
-        ("COUNTER", "VALUE"), [(key.replace("_", " "), str(value)) for key, value in counters.items()]
-    )
-
-
-def _keys_of(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Keys of all mappings, each once, in the order of their first appearance."""
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+    each = queues if isinstance(queues, list) and 1 < len(queues) <= MAX_QUEUE_COLUMNS else []
+    rows = [
+        (key.replace("_", " "), str(value), *(str(queue.get("counters", {}).get(key, 0)) for queue in each))
+        for key, value in totals.items()
+        if value
+    ]
+    if rows:
+        click.echo()
+        output.print_table(("COUNTER", "TOTAL", *(f"QUEUE {queue.get('index')}" for queue in each)), rows)
 
 
 def _time_text(started_at: Any) -> str:
