@@ -21,6 +21,7 @@ from typing import Any
 
 from vduse_blk import control, registry
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.source import open_source
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
@@ -79,16 +80,19 @@ class Worker:
         self._start = asyncio.get_running_loop().create_task(self._bring_up())
         try:
             await self._start
-        except asyncio.CancelledError:
-            if self._given_up is None:
-                raise
-            raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
+        except BaseException as error:
+            # The export undoes what its own start did; from then on it is ours to undo.
+            if self._exporter is not None:
+                await self._tear_down()
+            if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
+                raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
+            raise
         finally:
             self._start = None
 
     async def _bring_up(self) -> None:
         spec = self._spec
-        stack = registry.open_source(
+        stack = open_source(
             spec.source,
             dict(spec.options),
             read_only=spec.read_only,
@@ -112,16 +116,14 @@ class Worker:
         self._exporter = exporter
         exporter.failed.add_done_callback(self._on_failed)
         if self._given_up is not None:
-            # Too late to cancel: the disk exists already. It was promised to nobody, so it goes again.
-            await self._tear_down()
-            raise asyncio.CancelledError
+            raise asyncio.CancelledError  # it came too late to interrupt the export's start
         self._phase = "serving"
         self._write_state()
         reached("serving")
         log.info("disk '%s' is %s", spec.name, self._endpoint.path)
-        if not self._ready.write(control.ready_line(self._endpoint.path, **self._summary())):
+        facts = self._summary()
+        if not self._ready.write(control.ready_line(facts.pop("device"), **facts)):
             self._given_up = "nobody waits for the disk any more"
-            await self._tear_down()
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {self._endpoint.path}")
 

@@ -1,0 +1,112 @@
+"""What the kernel tests do to the host they run on, as a user would: through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CLI = [sys.executable, "-P", "-m", "vduse_blk.cli"]
+RUN = Path("/run/vduse-blk")
+
+
+def run(*command: object, check: bool = True, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """A command with its output captured; a failure shows that output."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def cli(*words: object, check: bool = True, env: dict[str, str] | None = None, timeout: float = 300) -> Any:
+    """``vduse-blk WORDS``. Returns the CompletedProcess."""
+    return run(*CLI, *words, check=check, timeout=timeout, env=os.environ | (env or {}))
+
+
+def info(name: str) -> dict[str, Any]:
+    """``vduse-blk info NAME --json``."""
+    found: dict[str, Any] = json.loads(cli("info", name, "--json").stdout)
+    return found
+
+
+@contextlib.contextmanager
+def attached(source: object, *options: object, name: str = "t") -> Iterator[str]:
+    """A disk for the length of a block; its device path."""
+    device = cli("attach", source, "--name", name, *options).stdout.strip()
+    try:
+        yield device
+    finally:
+        cli("detach", name, "--force", check=False)
+    assert_nothing_left(name)
+
+
+def image(path: Path, size: int) -> Path:
+    """A sparse file."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def allocated(path: Path) -> int:
+    """Bytes a file really occupies."""
+    os.sync()
+    return path.stat().st_blocks * 512
+
+
+def leftovers(name: str | None = None) -> list[str]:
+    """Everything of our disks (or of one) that is still there."""
+    found = []
+    for directory in ("/dev/vduse", "/sys/class/vduse", "/sys/bus/vdpa/devices", "/run/vduse-blk", "/dev/vduse-blk"):
+        with contextlib.suppress(FileNotFoundError):
+            found += [f"{directory}/{entry}" for entry in os.listdir(directory) if entry != "control"]
+    return [path for path in found if name is None or path.endswith(f"/{name}")]
+
+
+def assert_nothing_left(name: str | None = None) -> None:
+    """No kernel object, no process, no file of a disk."""
+    assert leftovers(name) == []
+    assert name is not None or servers() == []
+
+
+def servers() -> list[int]:
+    """Processes that serve disks."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and b"vduse_blk.worker" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def tree_digest(root: Path) -> str:
+    """One digest over names and contents of a tree."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def fio(device: str, **options: object) -> dict[str, Any]:
+    """Run fio on a device; its JSON. Fails on any I/O or verify error."""
+    words = [f"--{key}={value}" for key, value in options.items()]
+    done = run("fio", "--name=t", f"--filename={device}", "--output-format=json", *words, timeout=600)
+    result: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    assert all(job["error"] == 0 for job in result["jobs"]), done.stdout
+    return result
+
+
+def wait_until(condition: Any, what: str, timeout: float = 30) -> None:
+    """Wait for a fact of the system; the kernel gives no event for most of them."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.05)
