@@ -1,0 +1,41 @@
+# Everything a contributor or a curious user runs. `make help` lists it; each target installs what it needs.
+
+ARGS ?=
+FUZZ_SECONDS ?= 60
+
+.PHONY: help setup demo test test-fast test-kernel fuzz compare clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+setup: ## install packages, the Python environment and the kernel for the virtual machine
+	@tools/setup dev vm
+
+demo: ## the main job, shown: an image becomes a disk with a file system, is checked and measured, and goes again
+	@tools/setup dev vm
+	@tools/demo
+
+test: ## all tests; the last line counts them
+	@tools/setup dev vm fuzz
+	@tools/test $(ARGS)
+
+test-fast: ## what needs no virtual machine, under 3 minutes
+	@tools/setup dev
+	@tools/test --fast $(ARGS)
+
+test-kernel: ## the tests on a real VDUSE kernel, in the virtual machine (HOST=1: on this host's own); ARGS='-k resize'
+	@tools/setup dev vm
+	@HOST=$(HOST) tools/test kernel $(ARGS)
+
+fuzz: ## search for crashes in the C core for FUZZ_SECONDS
+	@tools/setup dev fuzz
+	@tests/fuzz/run search $(FUZZ_SECONDS)
+
+compare: ## speed against qemu-storage-daemon, in the same virtual machine; results in bench/results
+	@tools/setup dev vm
+	@bench/compare $(ARGS)
+
+clean: ## remove what was built, but not downloads
+	rm -rf build dist .venv .vm *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find pyvduse vduse_blk -name '*.so' -delete
