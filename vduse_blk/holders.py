@@ -75,7 +75,7 @@ def holders_of(major: int, minor: int, *, root: Path = _ROOT) -> list[Holder]:
                 *_mounts(disk, root),
                 *_swaps(disk, root),
                 *_stacked(disk, root),
-                *_loops(lambda path: _name_of(path, root) in disk.names, root),
+                *_loops(lambda path: _number_of(path, root) in disk.numbers, root),
                 *_openers(disk, root),
             ]
         )
@@ -146,9 +146,10 @@ def _mounts(disk: _Disk, root: Path) -> Iterator[Holder]:
     """File systems on the disk. btrfs has device numbers of its own and names one of its devices, perhaps another."""
     members: dict[str, set[str]] = {}  # of the btrfs file systems the disk belongs to, by UUID
     for uuid in _list(f"{root}/sys/fs/btrfs"):
-        devices = set(_list(f"{root}/sys/fs/btrfs/{uuid}/devices"))
-        if devices & disk.names:
-            members[uuid] = devices
+        names = _list(f"{root}/sys/fs/btrfs/{uuid}/devices")
+        numbers = {_read(f"{root}/sys/class/block/{name}/dev").strip() for name in names}
+        if numbers & disk.numbers:
+            members[uuid] = numbers
     unseen = set(members)
     seen: set[str] = set()
     for pid, text in _mount_tables(root):
@@ -161,8 +162,8 @@ def _mounts(disk: _Disk, root: Path) -> Iterator[Holder]:
             if fields[2] not in disk.numbers:
                 if source[0] != "btrfs":
                     continue
-                name = _name_of(_unescape(source[1]), root)
-                of = [uuid for uuid, devices in members.items() if name in devices]
+                number = _number_of(_unescape(source[1]), root)
+                of = [uuid for uuid, numbers in members.items() if number in numbers]
                 if not of:
                     continue
                 unseen.difference_update(of)
@@ -189,7 +190,7 @@ def _mount_tables(root: Path) -> Iterator[tuple[int | None, str]]:
 def _swaps(disk: _Disk, root: Path) -> Iterator[Holder]:
     for line in _read(f"{root}/proc/swaps").splitlines()[1:]:
         path = _unescape(line.split()[0])
-        if _name_of(path, root) in disk.names:
+        if _number_of(path, root) in disk.numbers:
             yield Holder("swap", path)
 
 
@@ -245,9 +246,15 @@ def _pids(root: Path) -> Iterable[int]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def _name_of(path: str, root: Path) -> str:
-    """Kernel name of the device a path leads to: '/dev/mapper/x' → 'dm-0'."""
-    return os.path.basename(os.path.realpath(f"{root}/{path}"))
+def _number_of(path: str, root: Path) -> str:
+    """MAJOR:MINOR of the device a path leads to, or, if there is nothing, of the device of that name: the path may be
+    one of another namespace. '' if it is something else."""
+    real = os.path.realpath(f"{root}/{path}")
+    try:
+        found = statx(real)
+    except OSError:
+        return _read(f"{root}/sys/class/block/{os.path.basename(real)}/dev").strip()
+    return f"{os.major(found.rdev)}:{os.minor(found.rdev)}" if stat.S_ISBLK(found.mode) else ""
 
 
 def _unescape(text: str) -> str:
