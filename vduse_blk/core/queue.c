@@ -164,12 +164,7 @@ static bool bind_ring(struct vb_queue *queue)
 
 bool queue_ready(struct vb_queue *queue)
 {
-    if (atomic_load_explicit(&queue->state, memory_order_relaxed) == VB_BROKEN)
-        return false;
-    if (mapping_faults() != queue->faults_seen) {
-        queue_break(queue, VRING_FAULT_MEMORY);
-        return false;
-    }
+    /* A broken queue adopts tables too: it must let go of memory that control wants to unmap. */
     const struct iova_table *next = atomic_load_explicit(&queue->table_next, memory_order_acquire);
     if (next != queue->table) {
         if (next->drain && queue->inflight != 0)
@@ -179,6 +174,12 @@ bool queue_ready(struct vb_queue *queue)
         queue->table = next;
         atomic_store(&queue->table_generation, next->generation);
         queue_post_event(queue);
+    }
+    if (atomic_load_explicit(&queue->state, memory_order_relaxed) == VB_BROKEN)
+        return false;
+    if (mapping_faults() != queue->faults_seen) {
+        queue_break(queue, VRING_FAULT_MEMORY);
+        return false;
     }
     if (!queue->bound) {
         queue->bound = bind_ring(queue);

@@ -92,8 +92,9 @@ static void copy_desc(struct vring_desc *to, const struct vring_desc *from)
 }
 
 /*
- * Walk an indirect table of `length` bytes at `iova`. It is translated piece by piece, because it may straddle regions;
- * an entry is copied bytewise, because nothing says it is aligned.
+ * Append the chain in the indirect table of `length` bytes at `iova`. The table may straddle regions and nothing says it
+ * is aligned, so an entry is translated by itself and copied bytewise, unless all of the table is in one piece. Only the
+ * entries on the way need to be mapped.
  */
 static enum vring_pop_result pop_indirect(struct vring *ring, const struct iova_table *table, uint64_t iova,
                                           uint32_t length, struct vring_chain *chain, struct vring_seg *unmapped)
@@ -103,23 +104,24 @@ static enum vring_pop_result pop_indirect(struct vring *ring, const struct iova_
         return broken(ring, VRING_FAULT_INDIRECT);
 
     struct vb_iov whole = {0};
-    int pieces = iova_translate(table, iova, length, IOVA_READ, &whole, 1);
-    if (pieces < 0 && pieces != -ENOBUFS) {
-        unmapped->iova = iova;
-        unmapped->length = length;
-        unmapped->writable = 0;
-        return VRING_UNMAPPED;
-    }
+    bool in_one_piece = iova_translate(table, iova, length, IOVA_READ, &whole, 1) == 1;
     uint32_t next = 0;
     for (uint32_t walked = 0; walked < entries; walked++) {
         struct vring_desc desc;
-        if (pieces == 1) {
-            memcpy(&desc, (const uint8_t *)whole.base + (size_t)next * sizeof(desc), sizeof(desc));
+        uint64_t at = (uint64_t)next * sizeof(desc);
+        if (in_one_piece) {
+            memcpy(&desc, (const uint8_t *)whole.base + at, sizeof(desc));
         } else {
-            struct vb_iov part[2];
-            int count = iova_translate(table, iova + (uint64_t)next * sizeof(desc), sizeof(desc), IOVA_READ, part, 2);
-            if (count < 0)
-                return broken(ring, VRING_FAULT_INDIRECT_MAP);
+            struct vb_iov part[sizeof(desc)];
+            int count = -EFAULT;
+            if (at <= UINT64_MAX - iova)
+                count = iova_translate(table, iova + at, sizeof(desc), IOVA_READ, part, sizeof(desc));
+            if (count < 0) {
+                unmapped->iova = iova;
+                unmapped->length = length;
+                unmapped->writable = 0;
+                return VRING_UNMAPPED;
+            }
             uint8_t *to = (uint8_t *)&desc;
             for (int i = 0; i < count; i++) {
                 memcpy(to, part[i].base, part[i].length);
@@ -164,8 +166,8 @@ enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *tab
         struct vring_desc desc;
         copy_desc(&desc, &ring->desc[next]);
         if (desc.flags & DESC_INDIRECT) {
-            /* 2.7.5.3.1: not together with NEXT. A direct part before it is allowed by nobody who sends it. */
-            if (!ring->indirect || walked != 0 || (desc.flags & (DESC_NEXT | DESC_WRITE)))
+            /* 2.7.5.3.1: not together with NEXT. 2.7.5.3.2: it may end a chain of normal ones, WRITE means nothing. */
+            if (!ring->indirect || (desc.flags & DESC_NEXT))
                 return broken(ring, VRING_FAULT_INDIRECT);
             enum vring_pop_result result = pop_indirect(ring, table, desc.addr, desc.len, chain, unmapped);
             if (result == VRING_CHAIN)
