@@ -44,7 +44,7 @@ TESTED_KERNEL: Final = (6, 12)  # oldest release the test suite runs on
 LEAKY_KERNELS: Final = ((7, 0), (7, 2))  # seen on 7.2; the code that leaks came with ABI v1 in 7.0
 BLOCK_CAPABILITIES: Final = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
 MEMLOCK_WANTED: Final = 256 << 20
-NETLINK_SECONDS: Final = 15
+NETLINK_SECONDS: Final = 60
 
 _IO_URING_SETUP: Final = 425  # the same number on every architecture
 _KERNEL_REMEDY: Final = (
