@@ -93,8 +93,7 @@ def check_name(name: str) -> str:
         raise _unusable(
             "name",
             name,
-            "1 to 63 of letters, digits, '_', '.', '-', starting with a letter, a digit or '_', "
-            "and not 'control'",
+            "1 to 63 of letters, digits, '_', '.', '-', starting with a letter, a digit or '_', and not 'control'",
         )
     return name
 
@@ -325,9 +324,7 @@ class WorkerSpec:
         if self.queues is not None and not 1 <= self.queues <= MAX_QUEUES:
             raise _unusable("queues", self.queues, f"1 to {MAX_QUEUES}")
         if not MIN_QUEUE_SIZE <= self.queue_size <= MAX_QUEUE_SIZE or self.queue_size & (self.queue_size - 1):
-            raise _unusable(
-                "queue-size", self.queue_size, f"powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
-            )
+            raise _unusable("queue-size", self.queue_size, f"powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}")
         if self.serial is not None and not (
             self.serial.isascii() and self.serial.isprintable() and 1 <= len(self.serial) <= MAX_SERIAL
         ):
@@ -357,8 +354,7 @@ class WorkerSpec:
         unknown = sorted(decoded.keys() - known)
         if unknown:
             raise UserError(
-                f"{unknown[0]}: unknown key in the disk's specification; accepted are "
-                + ", ".join(sorted(known)),
+                f"{unknown[0]}: unknown key in the disk's specification; accepted are " + ", ".join(sorted(known)),
                 Exit.USAGE,
             )
         for key in ("name", "source"):

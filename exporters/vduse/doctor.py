@@ -147,8 +147,7 @@ def check_module(module: str, release: str, root: Path) -> Finding:
                 name,
                 "fail",
                 f"neither in the running kernel nor to be found: {directory} does not exist",
-                f"install the modules of kernel {release} there (container: mount the host's), or "
-                + _KERNEL_REMEDY,
+                f"install the modules of kernel {release} there (container: mount the host's), or " + _KERNEL_REMEDY,
             )
         return Finding(name, "fail", f"kernel {release} has no such module", _KERNEL_REMEDY)
     if _first_line(root / "proc/sys/kernel/modules_disabled") == "1":
@@ -356,9 +355,7 @@ def check_run_dir(run_dir: Path) -> Finding:
     while not place.exists() and place != place.parent:
         place = place.parent
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
-        return Finding(
-            "run directory", "ok", f"{run_dir} " + ("is writable" if place == run_dir else "can be made")
-        )
+        return Finding("run directory", "ok", f"{run_dir} " + ("is writable" if place == run_dir else "can be made"))
     return Finding(
         "run directory",
         "fail",

@@ -53,9 +53,7 @@ class Host:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(HERE / "cli_with_fake_worker.py"), *arguments]
 
-    def run(
-        self, *arguments: str, fake: str = "ready", cwd: Path | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, fake: str = "ready", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
             env=self.env | {"FAKE_WORKER": fake},
@@ -227,9 +225,7 @@ class TestAttach:
         assert "the kernel said no" in done.stderr
         assert host.names() == []
 
-    @pytest.mark.parametrize(
-        ("fake", "how"), [("die", "ended with status 3"), ("crash", "was ended by signal 9")]
-    )
+    @pytest.mark.parametrize(("fake", "how"), [("die", "ended with status 3"), ("crash", "was ended by signal 9")])
     def test_a_server_that_dies(self, host: Host, fake: str, how: str) -> None:
         """A server that ends without its line is reported with its log, and nothing is left."""
         done = host.run("attach", "memory:1G", fake=fake)
@@ -612,9 +608,7 @@ def test_every_command_is_documented(name: str) -> None:
 def test_every_exit_status_is_documented() -> None:
     """The table in docs/cli.md lists exactly the exit codes there are."""
     table = DOCS.read_text().split("## Exit status")[1].split("## ")[0]
-    assert {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {
-        int(code) for code in control.Exit
-    }
+    assert {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {int(code) for code in control.Exit}
 
 
 @pytest.mark.parametrize(

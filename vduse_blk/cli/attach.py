@@ -26,12 +26,8 @@ def disk_options(command: _Command) -> _Command:
     parameters = (
         click.argument("source"),
         click.option("--name", metavar="N", help="Name of the disk.  [default: made from SOURCE]"),
-        click.option(
-            "--read-only", is_flag=True, help="Refuse writes; the storage is opened for reading only."
-        ),
-        click.option(
-            "--queues", type=int, metavar="K", help="Queues.  [default: as many as CPUs, at most 8]"
-        ),
+        click.option("--read-only", is_flag=True, help="Refuse writes; the storage is opened for reading only."),
+        click.option("--queues", type=int, metavar="K", help="Queues.  [default: as many as CPUs, at most 8]"),
         click.option(
             "--queue-size",
             type=int,

@@ -20,9 +20,7 @@ _DYING_SECONDS: Final = 5.0
 
 @click.command(short_help="Remove a disk.")
 @click.argument("name", shell_complete=complete_names)
-@click.option(
-    "--force", is_flag=True, help="Remove it even while it is mounted or held; its users get I/O errors."
-)
+@click.option("--force", is_flag=True, help="Remove it even while it is mounted or held; its users get I/O errors.")
 @timeout_option("Longest wait for the disk to be gone.")
 @json_option
 def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
@@ -51,9 +49,7 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
                     )
     except NotServed as e:
         if control.is_locked(name):
-            raise ControlError(
-                f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY
-            ) from e
+            raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
         _without_server(name, force)
     except ControlError as e:
         if e.exit_code != Exit.NOT_FOUND or not os.path.lexists(f"/sys/class/vduse/{name}"):

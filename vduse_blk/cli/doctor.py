@@ -29,15 +29,12 @@ def doctor(as_json: bool) -> int:
         report = {"ok": able, "findings": [asdict(finding) for finding in findings]}
         if not able:
             report |= {
-                "error": "this host cannot serve disks: "
-                + "; ".join(f.name for f in findings if f.level == "fail"),
+                "error": "this host cannot serve disks: " + "; ".join(f.name for f in findings if f.level == "fail"),
                 "code": int(control.Exit.UNSUPPORTED),
             }
         output.print_json(report)
     else:
-        output.print_table(
-            ("CHECK", "", "FINDING"), [(f.name, f.level, f.detail) for f in findings], LEVEL_STYLES
-        )
+        output.print_table(("CHECK", "", "FINDING"), [(f.name, f.level, f.detail) for f in findings], LEVEL_STYLES)
         for finding in findings:
             if finding.level != "ok":
                 click.echo(f"\n{finding.name}: {finding.remedy}")

@@ -66,9 +66,7 @@ def remove_leftover(name: str, *, force: bool) -> None:
         holders = [dataclasses.asdict(holder) for holder in getattr(e, "holders", ())]
         raise ControlError(str(e), e.exit_code, holders) from e
     except OSError as e:
-        raise ControlError(
-            f"cannot remove what the dead server of disk '{name}' left: {e}", Exit.FAILED
-        ) from e
+        raise ControlError(f"cannot remove what the dead server of disk '{name}' left: {e}", Exit.FAILED) from e
 
 
 def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
@@ -124,9 +122,7 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
     with _signals_as_bytes() as signals:
         name, made = claim_directory(spec.name, unique=unique)
         try:
-            return {"name": name} | _Attempt(dataclasses.replace(spec, name=name), signals, made).outcome(
-                timeout
-            )
+            return {"name": name} | _Attempt(dataclasses.replace(spec, name=name), signals, made).outcome(timeout)
         except LeftBehind:
             raise
         except BaseException:
@@ -196,9 +192,7 @@ class _Attempt:
         code = int(said.get("code", Exit.FAILED))
         if code == Exit.FAILED:
             self._show_log()
-        raise ControlError(
-            str(said.get("error", "the server gave no reason")), code, list(said.get("holders", []))
-        )
+        raise ControlError(str(said.get("error", "the server gave no reason")), code, list(said.get("holders", [])))
 
     def _read_line(self, deadline: float) -> tuple[bytes | None, str]:
         """The server's line, or None and why there is none: 'end of file', 'timeout', or a signal's name."""
@@ -286,9 +280,7 @@ class _Attempt:
                     break
                 if detach and not ready:
                     try:
-                        with control.Client(
-                            self._name, timeout=max(1.0, deadline - time.monotonic())
-                        ) as client:
+                        with control.Client(self._name, timeout=max(1.0, deadline - time.monotonic())) as client:
                             client.call("detach", force=False)
                     except ControlError:
                         pass  # not listening: it is still undoing, as asked

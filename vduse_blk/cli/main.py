@@ -47,9 +47,7 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Give this host real disks (/dev/vdX) whose storage lives in user space.
@@ -80,9 +78,7 @@ def main() -> None:
         sys.exit(Exit.FAILED)
     except Exception as e:
         if as_json:
-            output.print_json(
-                {"ok": False, "error": f"unexpected {type(e).__name__}: {e}", "code": int(Exit.FAILED)}
-            )
+            output.print_json({"ok": False, "error": f"unexpected {type(e).__name__}: {e}", "code": int(Exit.FAILED)})
         raise  # a bug keeps its traceback; the interpreter exits with 1
     sys.exit(status if isinstance(status, int) else Exit.OK)
 

@@ -12,9 +12,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--json``, which every command has; the parameter is ``as_json``."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON for programs, also for a failure."
-    )(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, also for a failure.")(command)
 
 
 def timeout_option(help: str) -> Decorator:

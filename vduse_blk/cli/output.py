@@ -52,9 +52,7 @@ def size_text(size: int | None) -> str:
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str] | None = None
-) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str] | None = None) -> None:
     """Print a table: drawn to the width of a terminal, or plain aligned text where standard output is not
     one.
 
