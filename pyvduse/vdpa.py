@@ -12,12 +12,23 @@ exit status 0, 1, 2 (usage) or 5 (not permitted).
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+if __name__ == "__main__":
+    # As a program this is started for a single request. The library's top-level module would import every tool it has, ten
+    # times as much as the one needed here; an empty package of the same name in its place leaves only that one.
+    _library = importlib.util.find_spec("pyroute2")
+    if _library is not None and _library.submodule_search_locations:
+        _package = types.ModuleType("pyroute2")
+        _package.__path__ = list(_library.submodule_search_locations)
+        sys.modules.setdefault("pyroute2", _package)
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, genlmsg
 from pyroute2.netlink.exceptions import NetlinkError

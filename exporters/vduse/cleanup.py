@@ -4,13 +4,14 @@ What may be there: the VDUSE device; on it a vdpa device with a disk, perhaps wi
 control messages nobody has answered; the stable link. A vdpa device cannot be deleted while its driver waits for
 answers, so somebody has to answer first: a ``DeviceServer`` whose queues fail every request.
 
-Runs in the process of whoever cleans up (``detach``, ``attach`` after a failure), never in a server.
+Runs in the process of whoever cleans up (``detach``, ``attach`` after a failure), never in a server: a server that finds
+leftovers of its name has ``python -m vduse_blk.exporters.vduse.cleanup NAME`` remove them.
 """
 
 from __future__ import annotations
 
 import errno
-from pathlib import Path
+import sys
 
 from vduse_blk.exporters.vduse import kernel
 from vduse_blk.exporters.vduse.server import DeviceServer
@@ -36,11 +37,6 @@ class DiskInUse(UserError):
         self.holders = holders
 
 
-def exists(name: str) -> bool:
-    """Whether the kernel has a VDUSE device of this name."""
-    return Path("/sys/class/vduse", name).exists()
-
-
 def check_unused(name: str) -> None:
     """Raise DiskInUse if the disk of ``name`` is mounted or held by anybody."""
     disk = kernel.find_disk(name)
@@ -64,7 +60,7 @@ def remove_leftover(name: str, *, force: bool = False) -> bool:
 
 
 def _remove_leftover(name: str, force: bool) -> bool:
-    if not exists(name):
+    if not kernel.exists(name):
         kernel.remove_link(name)
         return False
     if not force:
@@ -110,3 +106,17 @@ def _delete(device: Device) -> None:
             vdpa.dev_del(device.name)
     finally:
         server.stop()
+
+
+def main(name: str) -> int:
+    """Exit status as ``UserError.exit_code``; the reason is the last line on standard error."""
+    try:
+        remove_leftover(name)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -107,6 +107,8 @@ class VduseExporter(Exporter):
 
     async def _attach(self) -> None:
         await asyncio.to_thread(kernel.load_modules)
+        if kernel.exists(self.name):
+            await kernel.remove_leftover(self.name)
         control = Control.open()
         self._undo.callback(control.close)
         self._create(control)

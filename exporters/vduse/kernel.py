@@ -19,6 +19,7 @@ MODULES = ("vduse", "virtio_vdpa", "virtio_blk")
 CONTROL = Path("/dev/vduse/control")
 LINKS = Path("/dev/vduse-blk")
 _BLKGETSIZE64 = 0x80081272  # linux/fs.h; size_t is 8 bytes on every host this runs on
+_BUSY = 4
 _DENIED = 5
 _UNSUPPORTED = 6
 
@@ -57,21 +58,35 @@ async def netlink(verb: str, name: str) -> None:
     In a process of its own: it may sit in the kernel for as long as a driver takes, and the netlink library would weigh on a
     server that needs it twice in its life. Raises UserError with the kernel's reason.
     """
+    await _run_module("pyvduse.vdpa", verb, name)
+
+
+async def remove_leftover(name: str) -> None:
+    """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use, or served."""
+    await _run_module("vduse_blk.exporters.vduse.cleanup", name)
+
+
+async def _run_module(module: str, *words: str) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",
         "-m",
-        "pyvduse.vdpa",
-        verb,
-        name,
+        module,
+        *words,
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
     _, said = await child.communicate()
-    if child.returncode != 0:
+    status = child.returncode
+    if status:
         lines = said.decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"netlink helper ended with status {child.returncode}"
-        raise UserError(reason, exit_code=_DENIED if child.returncode == _DENIED else 1)
+        reason = lines[-1] if lines else f"{module} ended with status {status}"
+        raise UserError(reason, exit_code=status if status in (_BUSY, _DENIED) else 1)
+
+
+def exists(name: str) -> bool:
+    """Whether the kernel has a VDUSE device of this name."""
+    return Path("/sys/class/vduse", name).exists()
 
 
 def vdpa_device(name: str) -> Path:
