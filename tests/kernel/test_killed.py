@@ -1,0 +1,102 @@
+"""Attach and detach cut off by SIGKILL at every step: one documented command leads out of it, no reboot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, leftovers, servers, wait_until
+from vduse_blk.exporter import KILL_ENV
+
+TOP = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+
+ATTACH = ("locked", "opened", "created", "configured", "served", "added", "found", "linked", "serving")
+DETACH = ("detaching", "deleted", "closed", "destroyed", "gone")
+RESIZE = ("resizing", "resized")
+
+
+def test_every_step_is_in_a_list() -> None:
+    """The steps marked in the code are the ones killed here."""
+    marked = set()
+    for folder in ("vduse_blk", "exporters"):
+        for path in (TOP / folder).rglob("*.py"):
+            marked |= set(re.findall(r'(?:reached\(|_after, \w+\.\w+, )"(\w+)"\)', path.read_text()))
+    assert marked == {*ATTACH, *DETACH, *RESIZE}
+
+
+@pytest.mark.parametrize("step", ATTACH)
+def test_server_killed_while_attaching(tmp_path: Path, step: str) -> None:
+    """attach cleans up after its server, says so, and the next attach of the name works."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    failed = cli("attach", disk, "--name", "k", check=False, env={KILL_ENV: step})
+    assert failed.returncode == 1, failed.stderr
+    assert "nothing is left" in failed.stderr
+    assert_nothing_left("k")
+    device = cli("attach", disk, "--name", "k").stdout.strip()
+    assert os.path.exists(device)
+    cli("detach", "k")
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("step", ["created", "served", "added", "linked"])
+def test_attach_and_server_killed(tmp_path: Path, step: str) -> None:
+    """Both die: one attach of the same name succeeds."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    with subprocess.Popen([*CLI, "attach", str(disk), "--name", "k"], env=os.environ | {KILL_ENV: step}) as attach:
+        wait_until(lambda: (RUN / "k/state.json").exists() or attach.poll() is not None, "the server runs", 60)
+        attach.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not servers(), f"the server is killed at {step}", 60)
+        attach.kill()
+    assert leftovers("k")
+    cli("attach", disk, "--name", "k")
+    cli("detach", "k")
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("step", DETACH)
+def test_server_killed_while_detaching(tmp_path: Path, step: str) -> None:
+    """A second detach, if there is anything left for it to do, removes the rest."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    cli("attach", disk, "--name", "k", env={KILL_ENV: step})
+    cli("detach", "k", check=False)
+    wait_until(lambda: not servers(), "the server is dead")
+    if leftovers("k"):
+        cli("detach", "k")
+    assert_nothing_left()
+
+
+def test_server_killed_while_resizing(tmp_path: Path) -> None:
+    """The image has the old size or the new one, and the disk can be attached again."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    cli("attach", disk, "--name", "k", env={KILL_ENV: "resized"})
+    assert cli("resize", "k", "32M", check=False).returncode != 0
+    assert cli("detach", "k").returncode == 0
+    assert disk.stat().st_size == 32 * MIB
+    assert_nothing_left()
+
+
+def test_killed_in_the_middle_of_io(tmp_path: Path) -> None:
+    """A server killed under load leaves a disk whose users wait; detach --force fails their requests and removes it."""
+    disk = image(tmp_path / "disk.img", 64 * MIB)
+    device = cli("attach", disk, "--name", "k").stdout.strip()
+    (pid,) = servers()
+    with subprocess.Popen(
+        ["dd", "if=/dev/zero", f"of={device}", "bs=4k", "oflag=direct"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as writer:
+        wait_until(lambda: disk.stat().st_blocks > 100, "writes arrive")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not servers(), "the server is dead")
+        time.sleep(0.5)  # the writer runs into the silence
+        assert writer.poll() is None
+        refused = cli("detach", "k", check=False)
+        assert (refused.returncode, str(writer.pid) in refused.stderr) == (4, True), refused.stderr
+        assert cli("detach", "k", "--force").returncode == 0
+        assert writer.wait(30) != 0
+    assert_nothing_left()

@@ -1,0 +1,41 @@
+"""Many disks at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.host import CLI, assert_nothing_left, cli, fio, run
+
+COUNT = 20
+
+
+@pytest.mark.timeout(900)
+def test_twenty_disks_attached_at_once_and_detached_in_any_order() -> None:
+    """Attached in parallel and under load, detached in random order: each works, and nothing is left of any."""
+    names = [f"many{i}" for i in range(COUNT)]
+    with ThreadPoolExecutor(COUNT) as pool:
+
+        def attach(name: str) -> str:
+            return str(cli("attach", "memory:16M", "--name", name, "--timeout", 600, timeout=700).stdout.strip())
+
+        devices = list(pool.map(attach, names))
+        assert len(set(devices)) == COUNT
+        for device in devices[::5]:
+            fio(device, rw="randrw", bs="4k", direct=1, ioengine="libaio", iodepth=8, io_size="1M", verify="crc32c")
+        listed = json.loads(run("vdpa", "-j", "dev", "show").stdout)["dev"]
+        assert set(names) <= set(listed)
+        random.Random(2).shuffle(names)
+
+        def detach(name: str) -> int:
+            return subprocess.run([*CLI, "detach", name, "--timeout", "600"], capture_output=True, check=False).returncode
+
+        assert list(pool.map(detach, names)) == [0] * COUNT
+    assert json.loads(run("vdpa", "-j", "dev", "show").stdout)["dev"] == {}
+    assert [p.name for p in Path("/dev/vduse").iterdir()] == ["control"]
+    assert_nothing_left()
