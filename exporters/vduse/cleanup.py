@@ -22,7 +22,7 @@ from pyvduse.errors import VduseError
 from pyvduse.vdpa import Vdpa
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
-from vduse_blk.holders import Holder, holders_of
+from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.queue import DiskRules, NativeQueue, Queue
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 

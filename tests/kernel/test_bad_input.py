@@ -59,7 +59,7 @@ CASES: list[tuple[Callable[[Path], list[object]], int]] = [
     (absurd_queues, 2),
     (bad_name, 2),
     (unknown_backend, 2),
-    (too_much_memory, 2),
+    (too_much_memory, 1),
 ]
 
 

@@ -63,8 +63,9 @@ def test_fio_verifies_random_block_sizes(tmp_path: Path, path: str) -> None:
     disk = image(tmp_path / "disk.img", 128 * MIB)
     with attached(disk, "--path", path) as device:
         fio(
-            device, rw="randwrite", bsrange="512-64k", bs_unaligned=0, blockalign=512, direct=1, ioengine="libaio", iodepth=16,
-            numjobs=4, size="16M", offset_increment="32M", verify="crc32c", do_verify=1, verify_fatal=1, group_reporting=1,
+            device, rw="randwrite", bsrange="512-64k", blockalign=512, direct=1, ioengine="libaio", iodepth=16, numjobs=4,
+            size="16M", offset_increment="32M", verify="crc32c", do_verify=1,
+            verify_fatal=1, group_reporting=1,
         )  # fmt: skip
         counters = info("t")["counters"]
         assert counters["write_ops"] > 0

@@ -85,7 +85,8 @@ def test_wheel(dist: Path, tmp_path: Path) -> None:
 def test_sdist(dist: Path, tmp_path: Path) -> None:
     """The sdist holds every source and builds by itself."""
     (sdist,) = dist.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     for wanted in ("vduse_blk/core/api.h", "vduse_blk/core/uring.h", "pyvduse/vduse_abi.h", "LICENSE", "README.md"):
         assert any(name.endswith(wanted) for name in names), wanted
     python = environment(tmp_path / "venv")

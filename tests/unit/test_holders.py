@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vduse_blk.holders import Holder, command_of, holders_of, locks_on
+from vduse_blk.block.holders import Holder, command_of, holders_of, locks_on
 
 ROOT_MOUNT = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"
 

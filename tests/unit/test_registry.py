@@ -56,7 +56,7 @@ def test_another_package_adds_parts_by_entry_point(tmp_path: Path) -> None:
     )
     code = (
         "from vduse_blk import registry\n"
-        "from vduse_blk.block.source import open_source, parse_source\n"
+        "from vduse_blk.source import open_source, parse_source\n"
         "print(registry.names('backend'), registry.backend('other').__name__, registry.backend('file').__module__)\n"
         "print(parse_source('other:1G'))\n"
         "try: registry.backend('wrong')\n"

@@ -25,11 +25,11 @@ from typing import Final
 
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.holders import Holder, holders_of, locks_on, loops_over
 from vduse_blk.block.linux import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, statx
 from vduse_blk.block.native import FileTarget
 from vduse_blk.block.options import Size, about
 from vduse_blk.block.threads import Threads
-from vduse_blk.holders import Holder, holders_of, locks_on, loops_over
 
 _THREADS: Final = 16
 _PIECES: Final = 1024  # IOV_MAX

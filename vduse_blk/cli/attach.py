@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from vduse_blk.block.options import parse_size
-from vduse_blk.block.source import absolute_source, parse_source
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import BLOCK_SIZES, PATHS, WorkerSpec
+from vduse_blk.source import absolute_source, parse_source
 
 _Command = Callable[..., Any]
 

@@ -35,7 +35,8 @@ def main() -> int:
         asyncio.run(_serve(spec, ready))
     except UserError as error:
         holders = error.holders if isinstance(error, ControlError) else None
-        print(f"vduse-blk: {error}", file=sys.stderr)
+        if spec.ready_fd is None:
+            print(f"vduse-blk: {error}", file=sys.stderr)
         ready.write(control.failure_line(str(error), error.exit_code, holders))
         return int(error.exit_code)
     except Exception as error:

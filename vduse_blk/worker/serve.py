@@ -21,11 +21,11 @@ from typing import Any
 
 from vduse_blk import control, registry
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.source import open_source
+from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
-from vduse_blk.holders import Holder, holders_of
+from vduse_blk.source import open_source
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.source import SourceSpec, absolute_source, open_source, parse_source
 from vduse_blk.block.stack import Stack
+from vduse_blk.source import SourceSpec, absolute_source, open_source, parse_source
 
 
 @pytest.mark.parametrize(
