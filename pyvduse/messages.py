@@ -95,7 +95,7 @@ def decode_request(raw: bytes) -> Request:
     if kind == lib.VDUSE_GET_VQ_STATE:
         return GetVqState(number, int(c.vq_state.index))
     if kind == lib.VDUSE_UPDATE_IOTLB:
-        return UpdateIotlb(number, int(c.iova.start), int(c.iova.last), int(c.iova.asid))
+        return UpdateIotlb(number, int(c.iova_v2.start), int(c.iova_v2.last), int(c.iova_v2.asid))
     if kind == lib.VDUSE_SET_VQ_GROUP_ASID:
         return SetVqGroupAsid(number, int(c.vq_group_asid.group), int(c.vq_group_asid.asid))
     return UnknownRequest(number, kind)

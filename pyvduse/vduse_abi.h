@@ -137,7 +137,12 @@ struct vduse_dev_status {
 struct vduse_iova_range {
     uint64_t start;
     uint64_t last;
-    uint32_t asid; /* v1 */
+};
+
+struct vduse_iova_range_v2 { /* v1 */
+    uint64_t start;
+    uint64_t last;
+    uint32_t asid;
     uint32_t padding;
 };
 
@@ -154,6 +159,7 @@ struct vduse_dev_request {
         struct vduse_vq_state vq_state;
         struct vduse_dev_status s;
         struct vduse_iova_range iova;
+        struct vduse_iova_range_v2 iova_v2; /* v1; on v0 asid reads 0 */
         struct vduse_vq_group_asid vq_group_asid;
         uint32_t padding[32];
     };
