@@ -224,13 +224,16 @@ def check_netlink() -> Finding:
     """In a process of its own: the kernel blocks all generic netlink, uninterruptibly, while a VDUSE device
     owes it an answer, and a process that waits there cannot be killed."""
     name = "netlink family vdpa"
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pyvduse.vdpa", "list"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pyvduse.vdpa", "list"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    except OSError as e:
+        return Finding(name, "warn", f"not asked: cannot run {sys.executable}: {e.strerror}", "run doctor as root")
     try:
         _, errors = child.communicate(timeout=NETLINK_SECONDS)
     except subprocess.TimeoutExpired:
