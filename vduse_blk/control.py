@@ -200,14 +200,17 @@ def is_locked(name: str) -> bool:
     return False
 
 
-def remove_directory(name: str, *, locked_fd: int | None = None) -> bool:
+def remove_directory(name: str, *, locked_fd: int | None = None, opened_fd: int | None = None) -> bool:
     """Remove the disk's directory and the files in it, under its lock.
 
     The server passes the descriptor of its lock as ``locked_fd`` (which stays open: the lock ends with the
     process). Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives.
+    With ``opened_fd`` (of ``open_directory``; it stays open) a directory made since under the same name is
+    left alone.
     """
     paths = DiskPaths.of(name)
-    fd = locked_fd if locked_fd is not None else _open_directory(paths)
+    given = locked_fd if locked_fd is not None else opened_fd
+    fd = given if given is not None else _open_directory(paths)
     if fd is None:
         return True
     try:
@@ -222,9 +225,17 @@ def remove_directory(name: str, *, locked_fd: int | None = None) -> bool:
             os.unlink(entry, dir_fd=fd)
         os.rmdir(paths.directory)
     finally:
-        if locked_fd is None:
+        if given is None:
             os.close(fd)
     return True
+
+
+def open_directory(name: str) -> int:
+    """A close-on-exec descriptor of the disk's directory, to know that very directory by."""
+    fd = _open_directory(DiskPaths.of(name))
+    if fd is None:
+        raise ControlError(f"disk '{name}' was removed meanwhile", Exit.NOT_FOUND)
+    return fd
 
 
 def _open_directory(paths: DiskPaths) -> int | None:

@@ -107,7 +107,7 @@ def main() -> None:
                 elif request["op"] == "info":
                     connection.sendall(control.ok_reply(**info))
                 else:
-                    connection.sendall(control.ok_reply())
+                    connection.sendall(control.ok_reply(phase="serving"))
 
 
 if __name__ == "__main__":

@@ -270,6 +270,16 @@ class TestAttach:
         assert code == 7
         assert host.names() == []
 
+    def test_a_disk_whose_path_cannot_be_printed_is_removed(self, host: Host) -> None:
+        """Nobody would know of it: standard output on a full device ends in exit 1 and no disk."""
+        with open("/dev/full", "w") as full:
+            process = subprocess.run(
+                host.command("attach", "memory:1G"), env=host.env, stdout=full, stderr=subprocess.PIPE, check=False
+            )
+        assert process.returncode == 1
+        assert b"it was removed" in process.stderr
+        until(lambda: host.names() == [])
+
     def test_a_killed_attach_leaves_nothing(self, host: Host) -> None:
         """When attach itself is killed its server sees the pipe break and undoes everything."""
         process = host.start("attach", "memory:1G", fake="slow")

@@ -130,6 +130,16 @@ class TestDirectory:
         os.close(old)
         os.close(new)
 
+    def test_remove_of_a_known_directory_leaves_a_new_one_alone(self) -> None:
+        """Who failed to start a disk does not remove the directory that another has made since."""
+        control.make_directory("d")
+        mine = control.open_directory("d")
+        assert control.remove_directory("d") is True
+        control.make_directory("d")
+        assert control.remove_directory("d", opened_fd=mine) is True
+        assert control.disk_names() == ["d"]
+        os.close(mine)
+
     def test_lock_follows_a_directory_removed_meanwhile(self) -> None:
         """A server that wins the lock of a directory just removed makes and locks a new one."""
         old = control.lock_directory("d")

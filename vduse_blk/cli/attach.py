@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from vduse_blk import control
 from vduse_blk.block.options import parse_size
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import BLOCK_SIZES, PATHS, WorkerSpec
+from vduse_blk.control import BLOCK_SIZES, PATHS, ControlError, Exit, WorkerSpec
 from vduse_blk.source import absolute_source, parse_source
 
 _Command = Callable[..., Any]
@@ -75,19 +76,25 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
     """
     spec = specification(source, name, **options)
     ready = launch.start(spec, timeout, unique=name is None)
-    if as_json:
-        output.print_json({"ok": True} | {key: value for key, value in ready.items() if key != "ready"})
-        return
-    click.echo(ready["device"])
-    output.say(f"disk '{ready['name']}' is ready; `vduse-blk detach {ready['name']}` removes it")
+    try:
+        if as_json:
+            output.print_json({"ok": True} | {key: value for key, value in ready.items() if key != "ready"})
+        else:
+            click.echo(ready["device"])
+    except OSError as e:
+        # A disk that nobody was told of would be left behind.
+        with control.Client(ready["name"], timeout) as client:
+            client.call("detach", force=True)
+        raise ControlError(f"cannot print the path of the disk ({e.strerror}); it was removed", Exit.FAILED) from e
+    if not as_json:
+        output.say(f"disk '{ready['name']}' is ready; `vduse-blk detach {ready['name']}` removes it")
 
 
 @click.command(short_help="Make a disk and serve it in the foreground.")
 @disk_options
 @json_option
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
-    """Make a disk whose storage is SOURCE, and serve it in the foreground: for service managers and
-    containers.
+    """Make a disk whose storage is SOURCE, and serve it in the foreground: for units and containers.
 
     Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT remove
     the disk and end the server, unless the disk is in use. SOURCE and options are those of attach; --json

@@ -121,14 +121,17 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
     """
     with _signals_as_bytes() as signals:
         name, made = claim_directory(spec.name, unique=unique)
+        directory = control.open_directory(name)
         try:
             return {"name": name} | _Attempt(dataclasses.replace(spec, name=name), signals, made).outcome(timeout)
         except LeftBehind:
             raise
         except BaseException:
             if made:
-                control.remove_directory(name)
+                control.remove_directory(name, opened_fd=directory)
             raise
+        finally:
+            os.close(directory)
 
 
 class LeftBehind(ControlError):
@@ -192,7 +195,10 @@ class _Attempt:
         code = int(said.get("code", Exit.FAILED))
         if code == Exit.FAILED:
             self._show_log()
-        raise ControlError(str(said.get("error", "the server gave no reason")), code, list(said.get("holders", [])))
+        error = str(said.get("error", "the server gave no reason"))
+        if self._made and _kernel_knows(self._name):
+            self._clean_up(error, code)
+        raise ControlError(error, code, list(said.get("holders", [])))
 
     def _read_line(self, deadline: float) -> tuple[bytes | None, str]:
         """The server's line, or None and why there is none: 'end of file', 'timeout', or a signal's name."""
@@ -244,8 +250,8 @@ class _Attempt:
                     f"`vduse-blk detach {self._name}` cleans up once it has ended",
                     code,
                 )
-        if status is None or status < 0:  # it did not get to the end of undoing
-            self._clean_up(sentence, code)
+        if status is None or status < 0 or (self._made and _kernel_knows(self._name)):
+            self._clean_up(sentence, code)  # it did not get to the end of undoing
         raise ControlError(f"{sentence}; nothing is left of it", code)
 
     def _clean_up(self, sentence: str, code: int) -> None:
@@ -281,7 +287,8 @@ class _Attempt:
                 if detach and not ready:
                     try:
                         with control.Client(self._name, timeout=max(1.0, deadline - time.monotonic())) as client:
-                            client.call("detach", force=False)
+                            if client.call("ping").get("phase") == "serving":
+                                client.call("detach", force=False)
                     except ControlError:
                         pass  # not listening: it is still undoing, as asked
         return self._process.poll()
