@@ -2,7 +2,7 @@
  * IOVA translation over an immutable, sorted table of regions. Pure.
  *
  * Every address and length comes from the driver. Invariants the code leans on (checked by iova_table_check before a
- * table is published): start <= last, regions sorted and disjoint, host + (last - start) does not wrap. Violating them
+ * table is published): start <= last, regions sorted and disjoint, host + length does not wrap. Violating them
  * would turn a hostile address into a wild pointer.
  */
 #include "core.h"
@@ -20,7 +20,7 @@ int iova_table_check(const struct iova_table *table)
         const struct iova_region *region = &table->regions[i];
         if (region->start > region->last || region->host == 0)
             return -EINVAL;
-        if (region->last - region->start > UINT64_MAX - region->host)
+        if (region->last - region->start >= UINT64_MAX - region->host)
             return -EINVAL;
         if (i > 0 && region->start <= table->regions[i - 1].last)
             return -EINVAL;
