@@ -184,7 +184,7 @@ struct vb_view {
     uint64_t miss_start;
     uint64_t miss_last;
     int32_t error; /* errno of an engine failure, 0 = none */
-    uint32_t last_avail;
+    uint32_t last_avail; /* next avail entry to pop, as of the last publish; exact once the queue has stopped */
 };
 
 /* NULL with *error = errno. `rules` and every published table must outlive the queue. */

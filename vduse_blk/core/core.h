@@ -15,6 +15,9 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1.x is little-
 #define GUEST_LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define GUEST_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 
+/* Counters have one writer and any number of readers. */
+#define COUNT(counter, n) GUEST_STORE(&(counter), (counter) + (n))
+
 /* ---- split ring ---- */
 
 struct vring_desc { /* virtio 1.3, 2.7.5 */
@@ -150,6 +153,7 @@ struct vb_queue {
     _Atomic uint64_t miss_start;
     _Atomic uint64_t miss_last;
     _Atomic int32_t error;
+    _Atomic uint32_t last_avail;
     _Atomic bool stopping;
     struct vb_engine *engine;
 };

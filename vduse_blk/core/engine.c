@@ -96,7 +96,7 @@ static void serve_sync(struct vb_engine *engine)
         if (!again) {
             struct epoll_event events[2];
             (void)epoll_wait(engine->epoll_fd, events, 2, -1);
-            queue->counters.wakeups++;
+            COUNT(queue->counters.wakeups, 1);
         }
     }
 }
@@ -129,7 +129,7 @@ static void start_step(struct vb_engine *engine, struct vblk_req *req)
     int result = target_file_prepare(&engine->file, req, &engine->ring);
     while (result == -EBUSY) { /* the submission queue is full: hand it over and go on */
         (void)uring_enter(&engine->ring, 0);
-        engine->queue->counters.submits++;
+        COUNT(engine->queue->counters.submits, 1);
         result = target_file_prepare(&engine->file, req, &engine->ring);
     }
     if (result <= 0)
@@ -146,7 +146,7 @@ static void reap(struct vb_engine *engine)
         bool armed = (cqe->flags & IORING_CQE_F_MORE) != 0;
         uring_seen(&engine->ring);
         if (tag == TAG_KICK) {
-            queue->counters.wakeups++;
+            COUNT(queue->counters.wakeups, 1);
             engine->arm_kick |= !armed;
         } else if (tag == TAG_WAKE) {
             engine->arm_wake |= !armed;
@@ -204,7 +204,7 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_wake = false;
 
         int error = uring_enter(&engine->ring, more ? 0 : 1);
-        queue->counters.submits++;
+        COUNT(queue->counters.submits, 1);
         if (error != 0 && error != -EINTR && error != -EBUSY && error != -EAGAIN && error != -ETIME) {
             atomic_store(&queue->error, -error);
             queue_break(queue, VRING_FAULT_RING_MAP);

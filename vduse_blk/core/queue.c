@@ -77,6 +77,8 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     atomic_init(&queue->table_next, table);
     atomic_init(&queue->table_generation, table->generation);
     atomic_init(&queue->state, VB_IDLE);
+    queue->ring.last_avail = (uint16_t)config->last_avail; /* until the ring is bound */
+    atomic_init(&queue->last_avail, queue->ring.last_avail);
     queue->faults_seen = mapping_faults();
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
@@ -120,7 +122,7 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
     view->miss_start = atomic_load(&queue->miss_start);
     view->miss_last = atomic_load(&queue->miss_last);
     view->error = atomic_load(&queue->error);
-    view->last_avail = GUEST_LOAD(&queue->ring.last_avail);
+    view->last_avail = atomic_load(&queue->last_avail);
 }
 
 void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table)
@@ -197,7 +199,7 @@ static bool ask(struct vb_queue *queue, const struct vring_seg *range)
     queue->missed = *range;
     queue->missed_valid = true;
     queue->missed_generation = queue->table->generation;
-    queue->counters.misses++;
+    COUNT(queue->counters.misses, 1);
     uint64_t length = range->length ? range->length : 1;
     uint64_t room = UINT64_MAX - range->iova;
     atomic_store(&queue->miss_start, range->iova);
@@ -262,14 +264,14 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
     if (mapping_faults() != queue->faults_seen)
         status = VBLK_S_IOERR; /* some of the data may have gone to, or come from, a stand-in page */
     if (vblk_malformed(req))
-        counters->malformed++;
-    counters->ops[req->op]++;
+        COUNT(counters->malformed, 1);
+    COUNT(counters->ops[req->op], 1);
     if (status == VBLK_S_OK)
-        counters->bytes[req->op] += req->length;
+        COUNT(counters->bytes[req->op], req->length);
     else if (status == VBLK_S_IOERR)
-        counters->errors[req->op]++;
+        COUNT(counters->errors[req->op], 1);
     else
-        counters->unsupported++;
+        COUNT(counters->unsupported, 1);
     uint32_t length = vblk_finish(req, status);
     req->busy = false;
     queue->inflight--;
@@ -280,7 +282,7 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
 static void notify(struct vb_queue *queue)
 {
     const struct vb_queue_config *config = &queue->config;
-    queue->counters.notifies++;
+    COUNT(queue->counters.notifies, 1);
     if (config->notify_kind == VB_NOTIFY_EVENTFD) {
         signal_eventfd(config->notify_fd);
         return;
@@ -295,9 +297,10 @@ static void notify(struct vb_queue *queue)
 
 void queue_publish(struct vb_queue *queue)
 {
+    atomic_store_explicit(&queue->last_avail, queue->ring.last_avail, memory_order_relaxed);
     if (vring_publish(&queue->ring) == 0)
         return;
-    queue->counters.publishes++;
+    COUNT(queue->counters.publishes, 1);
     if (vring_must_notify(&queue->ring))
         notify(queue);
 }
@@ -305,7 +308,7 @@ void queue_publish(struct vb_queue *queue)
 int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room)
 {
     uint32_t count = 0;
-    queue->counters.wakeups++;
+    COUNT(queue->counters.wakeups, 1);
     if (atomic_load_explicit(&queue->state, memory_order_relaxed) == VB_IDLE)
         atomic_store(&queue->state, VB_RUNNING);
     if (!queue_ready(queue))
