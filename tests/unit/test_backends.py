@@ -309,7 +309,7 @@ class TestFileOpen:
             (lambda p: os.mkfifo(p), "is a fifo", 2),
             (lambda p: socket.socket(socket.AF_UNIX).bind(str(p)), "is a socket", 2),
             (lambda p: image(p, 0), "is empty; a file gets a size with `truncate -s SIZE FILE`", 2),
-            (lambda p: image(p, 1000), "has 1000 bytes, no multiple of the block size 512; a file is rounded up with", 2),
+            (lambda p: image(p, 1000), "has 1000 bytes, no multiple of the block size 512; the next is 1024", 2),
             (lambda p: p.symlink_to(p), "is a symbolic link that leads to itself", 2),
             (lambda p: p.symlink_to("/dev/null"), "is a character device", 2),
         ],
@@ -328,7 +328,9 @@ class TestFileOpen:
         assert "\n" not in str(error)
 
     def test_what_cannot_be_created_is_refused(self, tmp_path: Path) -> None:
-        assert "does not exist" in str(refusal(file(tmp_path / "none" / "disk.img", size=MIB)))
+        for options in ({}, {"size": MIB}, {"read_only": True}):
+            says = str(refusal(file(tmp_path / "none" / "disk.img", **options)))
+            assert f"create {tmp_path / 'none'} first" in says, options
         (tmp_path / "plain").touch()
         assert "something in it is no directory" in str(refusal(file(tmp_path / "plain" / "disk.img", size=MIB)))
         (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
@@ -463,7 +465,7 @@ class TestFileSize:
         with_stack(file(path), work)
 
     def test_a_block_device_is_not_grown_by_us(self, tmp_path: Path) -> None:
-        """It says how; afterwards the new size is found."""
+        """It says how; afterwards the new size is taken, whether or not somebody has looked at the device since."""
         path = image(tmp_path / "disk.img", MIB)
         with loop_device(path) as device:
 
@@ -472,6 +474,7 @@ class TestFileSize:
                     await stack.resize(2 * MIB)
                 os.truncate(path, 2 * MIB)
                 await asyncio.to_thread(subprocess.run, ["losetup", "-c", device], check=True)
+                assert (await stack.resize(2 * MIB)).size == 2 * MIB
                 assert (await stack.refresh()).size == 2 * MIB
 
             with_stack(file(device), work)

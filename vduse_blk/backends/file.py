@@ -194,8 +194,15 @@ class FileBackend(Backend):
     def _refusal(self, error: OSError) -> UserError:
         """What the user can do about it."""
         path = self.options.path
+        directory = os.path.dirname(os.path.abspath(path))
+        if error.errno == errno.ENOENT and not os.path.isdir(directory):
+            return UserError(f"path: {path} does not exist, nor does its directory; create {directory} first")
         if error.errno == errno.ENOENT and self.options.read_only:
             return UserError(f"path: {path} does not exist, and a read-only disk cannot create it")
+        if error.errno == errno.EPERM and stat.S_ISBLK(os.stat(path).st_mode):
+            return UserError(
+                f"path: {path} may not be opened: this container may not use the device; allow it there", _DENIED
+            )
         if error.errno == errno.EBUSY and os.path.exists(path):
             number = os.stat(path).st_rdev
             return self._in_use(holders_of(os.major(number), os.minor(number)) or ["held by the kernel"])
@@ -402,8 +409,11 @@ class FileBackend(Backend):
 
     def _resize(self, size: int) -> None:
         if self._is_block_device:
+            found = self._size()
+            if found == size:
+                return  # its owner has grown it, and nobody has looked since
             raise UserError(
-                f"size: {self} is a block device of {self._size()} bytes; grow the device itself, then resize to its size"
+                f"size: {self} is a block device of {found} bytes; grow the device itself, then resize to its size"
             )
         self._grow(size)
 

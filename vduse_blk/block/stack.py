@@ -147,7 +147,7 @@ class Stack:
         if leaf.size % block:
             raise UserError(
                 f"size: {self} has {leaf.size} bytes, no multiple of the block size {block}; "
-                f"a file is rounded up with `truncate -s %{block} FILE`"
+                f"the next is {leaf.size + -leaf.size % block} (`truncate -s %{block} FILE` rounds a file up)"
             )
         read_only = self._read_only or leaf.read_only
         self._leaf = leaf
