@@ -96,7 +96,7 @@ class FileBackend(Backend):
         self._is_block_device = False
         self._align = 1  # of offset and length of direct I/O
         self._refused: set[int] = set()  # fallocate modes this storage does not know
-        self._lost: OSError | None = None  # what the first failed flush said
+        self._lost = bytearray(4)  # FileTarget.lost
 
     def __str__(self) -> str:
         return self.options.path
@@ -145,7 +145,8 @@ class FileBackend(Backend):
         return await self.refresh()
 
     def native_target(self) -> FileTarget:
-        return FileTarget(self._fd, self._is_block_device)
+        # Direct I/O leaves nothing in the page cache that could be forgotten.
+        return FileTarget(self._fd, self._is_block_device, None if self.options.direct else self._lost)
 
     # --------------------------------------------------------------------------- opening, on a thread of its own
 
@@ -372,15 +373,16 @@ class FileBackend(Backend):
         return done
 
     def _flush(self) -> None:
-        if self._lost is not None:
-            raise OSError(errno.EIO, f"{self}: an earlier flush failed ({self._lost.strerror}) and lost data")
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            if not self.options.direct:
-                # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed.
-                self._lost = error
-            raise
+        if not self._lost[0]:
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                if not self.options.direct:
+                    # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed.
+                    self._lost[0] = 1
+                raise
+        if self._lost[0]:  # perhaps meanwhile: of two at once the kernel tells only one
+            raise OSError(errno.EIO, f"{self}: another flush failed and lost data")
 
     def _discard(self, offset: int, length: int) -> None:
         if self._is_block_device:

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FileTarget:
-    """Bytes of the disk are bytes of ``fd``. The descriptor stays the backend's and is valid until it is closed."""
+    """Bytes of the disk are bytes of ``fd``. The descriptor stays the backend's and is valid until it is closed.
+
+    ``lost``: 4 bytes, zero until a flush fails, by whichever thread or language; from then on every flush fails. None: a
+    flush that failed may be tried again.
+    """
 
     fd: int
     is_block_device: bool
+    lost: bytearray | None = None
 
 
 @dataclass(frozen=True, slots=True)
