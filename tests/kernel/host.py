@@ -98,7 +98,9 @@ def tree_digest(root: Path) -> str:
 def fio(device: str, **options: object) -> dict[str, Any]:
     """Run fio on a device; its JSON. Fails on any I/O or verify error."""
     words = [f"--{key}={value}" for key, value in options.items()]
-    done = run("fio", "--name=t", f"--filename={device}", "--output-format=json", *words, timeout=600)
+    # Without the last option, fio leaves a file per job in the working directory.
+    fixed = ("--name=t", f"--filename={device}", "--output-format=json", "--verify_state_save=0")
+    done = run("fio", *fixed, *words, timeout=600)
     result: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     assert all(job["error"] == 0 for job in result["jobs"]), done.stdout
     return result

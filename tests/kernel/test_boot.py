@@ -66,4 +66,4 @@ def test_python_does_not_come_over_the_network_file_system() -> None:
 def test_no_server_of_an_earlier_run_lives() -> None:
     """The suite starts with no disk of ours."""
     listed = subprocess.run(["vduse-blk", "list", "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(listed.stdout) ["disks"] == []
+    assert json.loads(listed.stdout)["disks"] == []
