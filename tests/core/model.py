@@ -500,7 +500,6 @@ class Queue:
         self.rules = rules
         self.table = self.next_table = table
         self.ring: SplitRing | None = None
-        self.bound = False
         self.fault: Fault | None = None
         self.inflight: dict[int, Request] = {}
         self.missing: tuple[int, int] | None = None  # what control is asked to map: first and last byte
@@ -510,6 +509,7 @@ class Queue:
         self.bytes = dict.fromkeys(Op, 0)
         self.errors = dict.fromkeys(Op, 0)
         self.unsupported = self.malformed = self.wakeups = self.publishes = self.notifies = self.misses = 0
+        self.bound = self._bind()
 
     def set_table(self, table: Table) -> None:
         self.next_table = table

@@ -180,15 +180,21 @@ struct uring;
 struct target_file {
     int fd;
     bool is_block_device;
+    bool direct;        /* O_DIRECT */
+    bool sync;          /* O_DSYNC */
     bool no_zero_range; /* learnt: fallocate(ZERO_RANGE) is not supported, write zeros instead */
     bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
+    bool no_command;    /* learnt: io_uring cannot discard */
+    bool no_discard;    /* learnt: the device cannot discard */
 };
+
+void target_file_open(struct target_file *file, const struct vb_target *target);
 
 /* Serve one request by plain system calls. 0 or -errno. */
 int target_file_sync(struct target_file *file, struct vblk_req *req);
 /* Prepare the next step of a request. 1 = an SQE was filled, 0 = the request is complete, -errno = it failed. */
 int target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
-/* Take in the result of the step. Same returns as prepare: 1 = prepare again, 0 = complete, -errno = failed. */
+/* Take in the result of the step: 1 = prepare the next (which may find that there is none), -errno = failed. */
 int target_file_advance(struct target_file *file, struct vblk_req *req, int result);
 /* Memory and null: 0 or -errno. */
 int target_memory(const struct vb_target *target, struct vblk_req *req);

@@ -152,11 +152,11 @@ static void reap(struct vb_engine *engine)
             engine->arm_wake |= !armed;
         } else {
             struct vblk_req *req = (struct vblk_req *)(uintptr_t)tag;
-            int left = target_file_advance(&engine->file, req, result);
-            if (left == 1)
-                start_step(engine, req);
+            int error = target_file_advance(&engine->file, req, result);
+            if (error < 0)
+                finish_errno(queue, req, error);
             else
-                finish_errno(queue, req, left);
+                start_step(engine, req);
         }
     }
 }
@@ -325,8 +325,7 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
         return -ENOMEM;
     engine->queue = queue;
     engine->target = *target;
-    engine->file.fd = target->fd;
-    engine->file.is_block_device = target->is_block_device != 0;
+    target_file_open(&engine->file, target);
     engine->batch = queue->config.batch ? queue->config.batch : BATCH_DEFAULT;
     engine->epoll_fd = -1;
     engine->ring.fd = -1;

@@ -59,6 +59,34 @@ static bool config_is_sane(const struct vb_queue_config *config, const struct vb
            rules->block_size % VBLK_SECTOR == 0;
 }
 
+/* One of the ring's three areas; NULL if it is not mapped in one piece or misaligned. */
+static void *ring_area(const struct iova_table *table, uint64_t iova, uint64_t length, uint32_t access, uint64_t align)
+{
+    struct vb_iov piece;
+    if (iova % align != 0 || iova_translate(table, iova, length, access, &piece, 1) != 1)
+        return NULL;
+    return (uintptr_t)piece.base % align == 0 ? piece.base : NULL;
+}
+
+static bool bind_ring(struct vb_queue *queue)
+{
+    const struct vb_queue_config *config = &queue->config;
+    uint64_t num = config->num;
+    /* Alignments: virtio 1.3, 2.7. Each area with the event index behind it. */
+    void *desc = ring_area(queue->table, config->desc_iova, 16 * num, IOVA_READ, 16);
+    void *avail = ring_area(queue->table, config->avail_iova, 6 + 2 * num, IOVA_READ, 2);
+    void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
+    if (!desc || !avail || !used)
+        return false;
+    const struct vring_used *ring_used = used;
+    uint16_t first = config->last_avail == VB_RESUME ? GUEST_LOAD(&ring_used->idx) : (uint16_t)config->last_avail;
+    if (queue->ring.num == 0)
+        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
+    else
+        vring_rebind(&queue->ring, desc, avail, used);
+    return true;
+}
+
 struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_rules *rules,
                               const struct iova_table *table, int *error)
 {
@@ -77,8 +105,6 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     atomic_init(&queue->table_next, table);
     atomic_init(&queue->table_generation, table->generation);
     atomic_init(&queue->state, VB_IDLE);
-    queue->ring.last_avail = (uint16_t)config->last_avail; /* until the ring is bound */
-    atomic_init(&queue->last_avail, queue->ring.last_avail);
     queue->faults_seen = mapping_faults();
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
@@ -88,6 +114,11 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
         vb_queue_free(queue);
         return NULL;
     }
+    /* Right away if its memory is there, so that a queue that never runs knows where it stands. */
+    queue->bound = bind_ring(queue);
+    if (!queue->bound)
+        queue->ring.last_avail = (uint16_t)config->last_avail;
+    atomic_init(&queue->last_avail, queue->ring.last_avail);
     *error = 0;
     return queue;
 }
@@ -134,34 +165,6 @@ void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table)
 void vb_queue_wake(struct vb_queue *queue)
 {
     signal_eventfd(queue->wake_fd);
-}
-
-/* One of the ring's three areas; NULL if it is not mapped in one piece or misaligned. */
-static void *ring_area(const struct iova_table *table, uint64_t iova, uint64_t length, uint32_t access, uint64_t align)
-{
-    struct vb_iov piece;
-    if (iova % align != 0 || iova_translate(table, iova, length, access, &piece, 1) != 1)
-        return NULL;
-    return (uintptr_t)piece.base % align == 0 ? piece.base : NULL;
-}
-
-static bool bind_ring(struct vb_queue *queue)
-{
-    const struct vb_queue_config *config = &queue->config;
-    uint64_t num = config->num;
-    /* Alignments: virtio 1.3, 2.7. Each area with the event index behind it. */
-    void *desc = ring_area(queue->table, config->desc_iova, 16 * num, IOVA_READ, 16);
-    void *avail = ring_area(queue->table, config->avail_iova, 6 + 2 * num, IOVA_READ, 2);
-    void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
-    if (!desc || !avail || !used)
-        return false;
-    const struct vring_used *ring_used = used;
-    uint16_t first = config->last_avail == VB_RESUME ? GUEST_LOAD(&ring_used->idx) : (uint16_t)config->last_avail;
-    if (queue->ring.num == 0)
-        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
-    else
-        vring_rebind(&queue->ring, desc, avail, used);
-    return true;
 }
 
 bool queue_ready(struct vb_queue *queue)

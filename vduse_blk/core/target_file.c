@@ -4,11 +4,14 @@
  * result means (target_file_advance), so both ways behave alike.
  *
  *   READ, WRITE     preadv/pwritev of the pieces not yet done; a short transfer is continued, a read that hits the end
- *                   of the file is an error (the file was cut under us), never zeros
+ *                   of the file is an error (the file was cut under us), never zeros. Pieces that direct I/O does not
+ *                   take go through memory that it does
  *   FLUSH           fdatasync
- *   DISCARD         fallocate(PUNCH_HOLE) per range; not supported = UNSUPP, the driver stops asking
+ *   DISCARD         a file: fallocate(PUNCH_HOLE) per range; a block device: BLKDISCARD, through io_uring where the kernel
+ *                   has it (6.12). Not supported = UNSUPP, the driver stops asking
  *   WRITE_ZEROES    UNMAP: PUNCH_HOLE, which reads back as zeros; otherwise ZERO_RANGE, which keeps the space. Where
- *                   the file system has neither, zeros are written
+ *                   the file system has neither, zeros are written. On an O_DSYNC descriptor made durable at the end:
+ *                   that flag is about writes only
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -17,33 +20,57 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { ZERO_BYTES = 65536, ZERO_PIECES = 64 };
-enum { PHASE_FALLOCATE = 0, PHASE_WRITE_ZEROS = 1 };
+#ifndef BLOCK_URING_CMD_DISCARD
+#define BLOCK_URING_CMD_DISCARD _IO(0x12, 0) /* linux/blkdev.h */
+#endif
+
+enum { ZERO_BYTES = 65536, ZERO_PIECES = 64, BOUNCE_BYTES = 1 << 20, BOUNCE_ALIGN = 4096 };
+
+/* How a range is done; req->phase. What a request in flight tries must not depend on what others learn meanwhile. */
+enum way { WAY_OPEN = 0, WAY_COMMAND, WAY_IOCTL, WAY_PUNCH, WAY_ZERO_RANGE, WAY_WRITE, WAY_SYNC };
 
 /* 4096-aligned for O_DIRECT; const, so all pieces may share it. */
 static const uint8_t zeros[ZERO_BYTES] __attribute__((aligned(4096)));
 
-static int zero_fallocate_mode(const struct target_file *file, const struct vblk_range *range)
+void target_file_open(struct target_file *file, const struct vb_target *target)
 {
-    if (range->unmap && !file->no_punch)
-        return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-    if (!file->no_zero_range)
-        return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
-    return -1;
+    memset(file, 0, sizeof(*file));
+    int flags = fcntl(target->fd, F_GETFL);
+    file->fd = target->fd;
+    file->is_block_device = target->is_block_device != 0;
+    file->direct = flags >= 0 && (flags & O_DIRECT);
+    file->sync = flags >= 0 && (flags & O_DSYNC);
 }
 
-static int discard_mode(const struct target_file *file)
+/* The cheapest way that is not known to fail, or WAY_OPEN. */
+static enum way choose(const struct target_file *file, enum vblk_op op, const struct vblk_range *range)
 {
-    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-    /* On a block device this flag makes it BLKDISCARD instead of writing zeros (block/fops.c, blkdev_fallocate). */
-    return file->is_block_device ? mode | FALLOC_FL_NO_HIDE_STALE : mode;
+    if (op == VBLK_DISCARD && file->is_block_device)
+        return !file->no_command ? WAY_COMMAND : !file->no_discard ? WAY_IOCTL : WAY_OPEN;
+    if ((op == VBLK_DISCARD || range->unmap) && !file->no_punch)
+        return WAY_PUNCH;
+    if (op == VBLK_DISCARD)
+        return WAY_OPEN;
+    return !file->no_zero_range ? WAY_ZERO_RANGE : WAY_WRITE;
+}
+
+/* Learnt once, for the whole file. */
+static void learn(struct target_file *file, enum way way)
+{
+    file->no_command |= way == WAY_COMMAND;
+    file->no_discard |= way == WAY_IOCTL;
+    file->no_punch |= way == WAY_PUNCH;
+    file->no_zero_range |= way == WAY_ZERO_RANGE;
 }
 
 struct step {
-    enum { STEP_READ, STEP_WRITE, STEP_SYNC, STEP_FALLOCATE } call;
+    enum { STEP_READ, STEP_WRITE, STEP_SYNC, STEP_FALLOCATE, STEP_COMMAND, STEP_IOCTL } call;
     const struct iovec *iov;
     unsigned iov_count;
     int mode;
@@ -51,6 +78,18 @@ struct step {
     uint64_t length;
     struct iovec zero_iov[ZERO_PIECES];
 };
+
+static void plan_zeros(struct step *step)
+{
+    step->call = STEP_WRITE;
+    step->iov = step->zero_iov;
+    for (step->iov_count = 0; step->iov_count < ZERO_PIECES && step->length != 0; step->iov_count++) {
+        size_t here = step->length < ZERO_BYTES ? (size_t)step->length : ZERO_BYTES;
+        step->zero_iov[step->iov_count].iov_base = (void *)(uintptr_t)zeros;
+        step->zero_iov[step->iov_count].iov_len = here;
+        step->length -= here;
+    }
+}
 
 /* 1 = *step is what to do next, 0 = nothing is left, -errno. */
 static int plan(struct target_file *file, struct vblk_req *req, struct step *step)
@@ -75,28 +114,38 @@ static int plan(struct target_file *file, struct vblk_req *req, struct step *ste
     case VBLK_WRITE_ZEROES:
         while (req->step < req->range_count && req->ranges[req->step].length == 0)
             req->step++;
-        if (req->step == req->range_count)
-            return 0;
+        if (req->step == req->range_count) {
+            if (!file->sync || req->op == VBLK_DISCARD || req->phase == WAY_SYNC)
+                return 0;
+            req->phase = WAY_SYNC;
+            step->call = STEP_SYNC;
+            return 1;
+        }
         range = &req->ranges[req->step];
         step->offset = range->offset + req->progress;
         step->length = range->length - req->progress;
-        step->mode = req->op == VBLK_DISCARD ? discard_mode(file) : zero_fallocate_mode(file, range);
-        if (req->op == VBLK_DISCARD && file->no_punch)
-            return -EOPNOTSUPP;
-        if (req->phase == PHASE_FALLOCATE && step->mode >= 0) {
-            step->call = STEP_FALLOCATE;
+        if (req->phase == WAY_OPEN)
+            req->phase = (uint8_t)choose(file, req->op, range);
+        switch ((enum way)req->phase) {
+        case WAY_COMMAND:
+            step->call = STEP_COMMAND;
             return 1;
+        case WAY_IOCTL:
+            step->call = STEP_IOCTL;
+            return 1;
+        case WAY_PUNCH:
+        case WAY_ZERO_RANGE:
+            step->call = STEP_FALLOCATE;
+            step->mode = FALLOC_FL_KEEP_SIZE | (req->phase == WAY_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+            return 1;
+        case WAY_WRITE:
+            plan_zeros(step);
+            return 1;
+        case WAY_OPEN:
+        case WAY_SYNC:
+            break;
         }
-        req->phase = PHASE_WRITE_ZEROS;
-        step->call = STEP_WRITE;
-        step->iov = step->zero_iov;
-        for (step->iov_count = 0; step->iov_count < ZERO_PIECES && step->length != 0; step->iov_count++) {
-            size_t here = step->length < ZERO_BYTES ? (size_t)step->length : ZERO_BYTES;
-            step->zero_iov[step->iov_count].iov_base = (void *)(uintptr_t)zeros;
-            step->zero_iov[step->iov_count].iov_len = here;
-            step->length -= here;
-        }
-        return 1;
+        return -EOPNOTSUPP;
     case VBLK_GET_ID:
     case VBLK_OTHER:
     case VBLK_OPS:
@@ -119,44 +168,97 @@ static void advance_iov(struct vblk_req *req, size_t done)
     }
 }
 
+/* One direct transfer through aligned memory, of what is left of a request or BOUNCE_BYTES. Bytes done, or -errno. */
+static int bounce(const struct target_file *file, const struct vblk_req *req)
+{
+    uint64_t left = req->length - req->progress;
+    size_t length = left < BOUNCE_BYTES ? (size_t)left : BOUNCE_BYTES;
+    off_t offset = (off_t)(req->offset + req->progress);
+    uint8_t *memory = aligned_alloc(BOUNCE_ALIGN, (length + BOUNCE_ALIGN - 1) & ~(size_t)(BOUNCE_ALIGN - 1));
+    if (memory == NULL)
+        return -ENOMEM;
+    bool reading = req->op == VBLK_READ;
+    ssize_t done = reading ? pread(file->fd, memory, length, offset) : (ssize_t)length;
+    int error = done < 0 ? -errno : 0;
+    size_t at = 0;
+    for (uint32_t i = req->step; i < req->iov_count && error == 0 && at < (size_t)done; i++) {
+        size_t here = req->iov[i].length < (size_t)done - at ? req->iov[i].length : (size_t)done - at;
+        if (reading)
+            memcpy(req->iov[i].base, memory + at, here);
+        else
+            memcpy(memory + at, req->iov[i].base, here);
+        at += here;
+    }
+    if (!reading) {
+        done = pwrite(file->fd, memory, length, offset);
+        error = done < 0 ? -errno : 0;
+    }
+    free(memory);
+    return error != 0 ? error : (int)done;
+}
+
+static int advance_transfer(struct target_file *file, struct vblk_req *req, int result)
+{
+    /* The driver may cut its buffers as it likes, direct I/O may not. Linux never does it, so this may be slow. */
+    if (result == -EINVAL && file->direct)
+        result = bounce(file, req);
+    if (result == -EINTR || result == -EAGAIN)
+        return 1;
+    if (result < 0)
+        return result;
+    if (result == 0)
+        return -EIO; /* the end of the file, or a device that takes nothing: going on would never end */
+    advance_iov(req, (size_t)result);
+    return 1;
+}
+
+static int advance_range(struct target_file *file, struct vblk_req *req, int result)
+{
+    enum way way = req->phase;
+    bool may_be_unknown = way != WAY_WRITE && way != WAY_SYNC;
+    if (may_be_unknown && (result == -EOPNOTSUPP || result == -EINVAL || result == -ENOSYS || result == -ENOTTY)) {
+        learn(file, way);
+        req->phase = WAY_OPEN;
+        return 1;
+    }
+    if (result < 0)
+        return result;
+    if (way == WAY_SYNC)
+        return 1;
+    if (way == WAY_WRITE) {
+        if (result == 0)
+            return -EIO;
+        req->progress += (uint64_t)result;
+        if (req->progress < req->ranges[req->step].length)
+            return 1;
+    }
+    req->step++;
+    req->progress = 0;
+    req->phase = WAY_OPEN;
+    return 1;
+}
+
 int target_file_advance(struct target_file *file, struct vblk_req *req, int result)
 {
     if (result == -EINTR || result == -EAGAIN)
         return 1; /* the same step again */
-    bool ranged = req->op == VBLK_DISCARD || req->op == VBLK_WRITE_ZEROES;
-    if (ranged && req->phase == PHASE_FALLOCATE) {
-        if (result == -EOPNOTSUPP || result == -EINVAL || result == -ENOSYS) {
-            /* Learnt once, for the whole file. A discard is then refused, zeros go the next cheaper way. */
-            if (req->op == VBLK_DISCARD || (req->ranges[req->step].unmap && !file->no_punch))
-                file->no_punch = true;
-            else
-                file->no_zero_range = true;
-            return req->op == VBLK_DISCARD ? -EOPNOTSUPP : 1;
-        }
-        if (result < 0)
-            return result;
-        req->step++;
-        return req->step == req->range_count ? 0 : 1;
-    }
-    if (result < 0)
-        return result;
-    if (req->op == VBLK_FLUSH) {
+    switch ((enum vblk_op)req->op) {
+    case VBLK_READ:
+    case VBLK_WRITE:
+        return advance_transfer(file, req, result);
+    case VBLK_DISCARD:
+    case VBLK_WRITE_ZEROES:
+        return advance_range(file, req, result);
+    default:
         req->step = 1;
-        return 0;
+        return result < 0 ? result : 1;
     }
-    if (result == 0)
-        return -EIO; /* the end of the file, or a device that takes nothing: going on would never end */
-    if (ranged) {
-        req->progress += (uint64_t)result;
-        if (req->progress == req->ranges[req->step].length) {
-            req->step++;
-            req->progress = 0;
-            req->phase = PHASE_FALLOCATE;
-        }
-        return req->step == req->range_count ? 0 : 1;
-    }
-    advance_iov(req, (size_t)result);
-    return req->step == req->iov_count ? 0 : 1;
+}
+
+static int discard_device(int fd, uint64_t offset, uint64_t length)
+{
+    uint64_t range[2] = {offset, length};
+    return ioctl(fd, BLKDISCARD, range);
 }
 
 int target_file_sync(struct target_file *file, struct vblk_req *req)
@@ -178,9 +280,15 @@ int target_file_sync(struct target_file *file, struct vblk_req *req)
         case STEP_FALLOCATE:
             result = fallocate(file->fd, step.mode, (off_t)step.offset, (off_t)step.length);
             break;
+        case STEP_COMMAND:
+            errno = EOPNOTSUPP;
+            break;
+        case STEP_IOCTL:
+            result = discard_device(file->fd, step.offset, step.length);
+            break;
         }
         more = target_file_advance(file, req, result < 0 ? -errno : (int)result);
-        if (more <= 0)
+        if (more < 0)
             return more;
     }
     return more;
@@ -190,6 +298,8 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
 {
     struct step step;
     int more = plan(file, req, &step);
+    if (more == 1 && step.call == STEP_IOCTL)
+        return target_file_sync(file, req); /* old kernels: the queue stands still meanwhile */
     if (more <= 0)
         return more;
     struct io_uring_sqe *sqe = uring_sqe(ring);
@@ -225,6 +335,14 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
         sqe->off = step.offset;
         sqe->addr = step.length;
         sqe->len = (uint32_t)step.mode;
+        break;
+    case STEP_COMMAND:
+        sqe->opcode = IORING_OP_URING_CMD;
+        sqe->cmd_op = BLOCK_URING_CMD_DISCARD;
+        sqe->addr = step.offset;
+        sqe->addr3 = step.length;
+        break;
+    case STEP_IOCTL:
         break;
     }
     sqe->user_data = (uintptr_t)req;
