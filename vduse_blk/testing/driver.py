@@ -73,6 +73,7 @@ class FakeDriver:
         self.base = base
         self.memory = mmap.mmap(-1, memory)
         self._view = ffi.from_buffer(self.memory)
+        self._halfwords = memoryview(self.memory).cast("H")
         self.host = int(ffi.cast("uintptr_t", self._view))
         self.desc = base
         self.avail = base + 16 * num
@@ -96,6 +97,7 @@ class FakeDriver:
         for fd in (self.kick_fd, self.call_fd, self.event_fd):
             os.close(fd)
         ffi.release(self._view)
+        self._halfwords.release()
         self.memory.close()
 
     # ---- memory ----
@@ -145,10 +147,11 @@ class FakeDriver:
         return self.memory[at : at + length]
 
     def _u16(self, iova: int) -> int:
-        return int.from_bytes(self.get(iova, 2), "little")
+        return self._halfwords[(iova - self.base) // 2]
 
     def put_u16(self, iova: int, value: int) -> None:
-        self.put(iova, (value & 0xFFFF).to_bytes(2, "little"))
+        """In one piece: of two bytes stored one by one the device may see the first alone. ``put`` promises nothing there."""
+        self._halfwords[(iova - self.base) // 2] = value & 0xFFFF
 
     # ---- ring ----
 
