@@ -83,7 +83,9 @@ class Worker:
         except BaseException as error:
             # The export undoes what its own start did; from then on it is ours to undo.
             if self._exporter is not None:
-                await self._tear_down()
+                await self._stop_export()
+            if not self._is_left():
+                await self._close_storage(abandon=True)
             if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
                 raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
             raise
@@ -174,6 +176,10 @@ class Worker:
             self._finished.set()
 
     async def _tear_down(self) -> None:
+        await self._stop_export()
+        await self._close_storage()
+
+    async def _stop_export(self) -> None:
         assert self._exporter is not None
         self._phase = "detaching"
         self._write_state()
@@ -181,12 +187,12 @@ class Worker:
         await self._exporter.stop()
         self._exporter = None
         self._endpoint = None
-        await self._close_storage()
 
-    async def _close_storage(self) -> None:
+    async def _close_storage(self, *, abandon: bool = False) -> None:
+        """``abandon``: and remove a file that was created for the disk, which nobody ever had."""
         if self._stack is not None:
             stack, self._stack = self._stack, None
-            await stack.close()
+            await (stack.abandon() if abandon else stack.close())
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
