@@ -30,7 +30,9 @@ STRUCTS = (
     "vduse_dev_response",
 )
 # Carved out of reserved space by version 1, so that an older header has other names there.
-VERSION_1_FIELDS = {"ngroups", "nas", "group", "asid", "reserved", "reserved1", "reserved2", "padding", "vq_group_asid", "iova_v2"}
+VERSION_1_FIELDS = {
+    "ngroups", "nas", "group", "asid", "reserved", "reserved1", "reserved2", "padding", "vq_group_asid", "iova_v2",
+}  # fmt: skip
 VERSION_1_NAMES = {"VDUSE_API_VERSION_1", "VDUSE_SET_VQ_GROUP_ASID", "VDUSE_IOTLB_GET_FD2"}
 OURS = {"VDUSE_NAME_MAX", "VDUSE_CONFIG_OFFSET", "VDUSE_API_VERSION_1"}
 

@@ -137,6 +137,7 @@ struct vb_target {
     uint32_t io_mode;         /* FILE: enum vb_io_mode */
     uint64_t address;         /* MEMORY: host address of byte 0 */
     uint64_t size;            /* MEMORY: bytes */
+    uint8_t *lost;            /* FILE: shared by all queues of the disk; not 0 once a flush has failed. NULL = may be retried */
 };
 
 struct vb_queue_config {

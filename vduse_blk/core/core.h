@@ -186,6 +186,7 @@ struct target_file {
     bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
     bool no_command;    /* learnt: io_uring cannot discard */
     bool no_discard;    /* learnt: the device cannot discard */
+    uint8_t *lost;      /* as in vb_target */
 };
 
 void target_file_open(struct target_file *file, const struct vb_target *target);

@@ -6,7 +6,8 @@
  *   READ, WRITE     preadv/pwritev of the pieces not yet done; a short transfer is continued, a read that hits the end
  *                   of the file is an error (the file was cut under us), never zeros. Pieces that direct I/O does not
  *                   take go through memory that it does
- *   FLUSH           fdatasync
+ *   FLUSH           fdatasync. After one that failed all fail, on every queue: the kernel has marked clean what it could
+ *                   not write, and says so once
  *   DISCARD         a file: fallocate(PUNCH_HOLE) per range; a block device: BLKDISCARD, through io_uring where the kernel
  *                   has it (6.12). Not supported = UNSUPP, the driver stops asking
  *   WRITE_ZEROES    UNMAP: PUNCH_HOLE, which reads back as zeros; otherwise ZERO_RANGE, which keeps the space. Where
@@ -43,9 +44,15 @@ void target_file_open(struct target_file *file, const struct vb_target *target)
     memset(file, 0, sizeof(*file));
     int flags = fcntl(target->fd, F_GETFL);
     file->fd = target->fd;
+    file->lost = target->lost;
     file->is_block_device = target->is_block_device != 0;
     file->direct = flags >= 0 && (flags & O_DIRECT);
     file->sync = flags >= 0 && (flags & O_DSYNC);
+}
+
+static bool has_lost(const struct target_file *file)
+{
+    return file->lost != NULL && __atomic_load_n(file->lost, __ATOMIC_ACQUIRE) != 0;
 }
 
 /* The cheapest way that is not known to fail, or WAY_OPEN. */
@@ -108,6 +115,8 @@ static int plan(struct target_file *file, struct vblk_req *req, struct step *ste
     case VBLK_FLUSH:
         if (req->step == 1)
             return 0;
+        if (has_lost(file))
+            return -EIO;
         step->call = STEP_SYNC;
         return 1;
     case VBLK_DISCARD:
@@ -249,9 +258,14 @@ int target_file_advance(struct target_file *file, struct vblk_req *req, int resu
     case VBLK_DISCARD:
     case VBLK_WRITE_ZEROES:
         return advance_range(file, req, result);
-    default:
+    default: /* FLUSH */
+        if (result < 0) {
+            if (file->lost != NULL)
+                __atomic_store_n(file->lost, 1, __ATOMIC_RELEASE);
+            return result;
+        }
         req->step = 1;
-        return result < 0 ? result : 1;
+        return has_lost(file) ? -EIO : 1; /* of two at once the kernel tells only one */
     }
 }
 

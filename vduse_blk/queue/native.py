@@ -27,6 +27,9 @@ class NativeQueue(CoreQueue):
                 self._target.fd = target.fd
                 self._target.is_block_device = target.is_block_device
                 self._target.io_mode = _IO_MODES[io_mode]
+                if target.lost is not None:
+                    self._lost = ffi.from_buffer("uint8_t[]", target.lost)  # keeps the memory
+                    self._target.lost = self._lost
             case MemoryTarget():
                 self._target.kind = lib.VB_TARGET_MEMORY
                 self._target.address, self._target.size = target.address, target.size

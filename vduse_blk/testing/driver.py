@@ -150,7 +150,7 @@ class FakeDriver:
         return self._halfwords[(iova - self.base) // 2]
 
     def put_u16(self, iova: int, value: int) -> None:
-        """In one piece: of two bytes stored one by one the device may see the first alone. ``put`` promises nothing there."""
+        """In one piece, which ``put`` does not promise: the device may see one of two bytes stored singly."""
         self._halfwords[(iova - self.base) // 2] = value & 0xFFFF
 
     # ---- ring ----
