@@ -16,7 +16,7 @@ demo: ## the main job, shown: an image becomes a disk with a file system, is che
 	@tools/demo
 
 test: ## all tests; the last line counts them
-	@tools/setup dev vm fuzz
+	@tools/setup dev vm
 	@tools/test $(ARGS)
 
 test-fast: ## what needs no virtual machine, under 3 minutes

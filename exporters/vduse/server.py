@@ -284,8 +284,7 @@ class DeviceServer:
     # --- memory ---
 
     def _resolve(self, start: int, last: int) -> None:
-        """Map what the kernel has of [start, last] and we do not; always publishes a new table."""
-        generation = self._iova.generation
+        """Map what the kernel has of [start, last] and we do not."""
         at = start
         while at <= last:
             known = self._iova.find(at)
@@ -308,18 +307,16 @@ class DeviceServer:
             finally:
                 os.close(region.fd)
             at = region.last + 1
-        if self._iova.generation == generation:
-            self._iova.renew()
 
     def _look_at_queues(self) -> None:
         for index, queue in list(self._queues.items()):
             view = queue.view()
-            if view.missing is not None and view.table_generation == self._iova.generation:
+            if view.missing is not None:
                 try:
                     self._resolve(*view.missing)
                 except OSError as error:
                     self._report(index, f"queue {index}: memory cannot be mapped: {error}")
-                    self._iova.renew()
+                queue.answer_miss()
             if view.state is QueueState.BROKEN:
                 self._report(index, f"queue {index} stopped: {view.fault}")
             elif view.error and view.error != errno.EINVAL:

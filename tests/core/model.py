@@ -504,7 +504,7 @@ class Queue:
         self.inflight: dict[int, Request] = {}
         self.missing: tuple[int, int] | None = None  # what control is asked to map: first and last byte
         self._missed: tuple[int, int] | None = None  # what we asked for last
-        self._missed_generation = 0
+        self.answered = False  # control has looked it up
         self.ops = dict.fromkeys(Op, 0)
         self.bytes = dict.fromkeys(Op, 0)
         self.errors = dict.fromkeys(Op, 0)
@@ -513,6 +513,9 @@ class Queue:
 
     def set_table(self, table: Table) -> None:
         self.next_table = table
+
+    def answer_miss(self) -> None:
+        self.answered = True
 
     def poll(self, room: int) -> list[Request]:
         """Up to ``room`` requests for storage; what can be answered without it is answered."""
@@ -593,7 +596,7 @@ class Queue:
         """One request, in flight from now on; None: nothing there, broken, or waiting for control."""
         assert self.ring is not None
         if self.missing is not None:
-            if self.table.generation == self._missed_generation:
+            if not self.answered or self.next_table is not self.table:
                 return None
             self.missing = None
         try:
@@ -628,7 +631,7 @@ class Queue:
         if self._missed == (error.iova, error.length):
             return False
         self._missed = (error.iova, error.length)
-        self._missed_generation = self.table.generation
+        self.answered = False
         self.missing = (error.iova, min(error.iova + error.length, 2**64) - 1)
         self.misses += 1
         return True

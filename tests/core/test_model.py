@@ -227,6 +227,10 @@ class Rig:
         lib.vb_queue_set_table(self.queue, self.tables[-1])
         self.model.set_table(table)
 
+    def answer_miss(self) -> None:
+        lib.vb_queue_answer_miss(self.queue)
+        self.model.answer_miss()
+
     def set_capacity(self, size: int) -> None:
         lib.vblk_set_capacity(self.rules, size)
         self.model.rules.capacity = size
@@ -271,7 +275,9 @@ class Rig:
         broken = expected.fault is not None
         assert view.fault == (_FAULTS[expected.fault] if expected.fault else 0)
         assert (view.state == lib.VB_BROKEN) is broken
-        assert ((view.miss_start, view.miss_last) if view.missing else None) == expected.missing
+        assert ((view.miss_start, view.miss_last) if view.missing else None) == (
+            None if expected.answered else expected.missing
+        )
         assert view.table_generation == expected.table.generation
         counters = lib.vb_queue_counters(self.queue)
         for op in Op:
@@ -598,6 +604,8 @@ def tell(random: random.Random, world: World, steps: int) -> model.Queue:
                 if driver.absent and driver.chance(0.7):
                     driver.regions = tuple(sorted((*driver.regions, driver.absent.pop()), key=lambda r: r.start))
                 rig.set_table(driver.table())
+                if driver.chance(0.7):
+                    rig.answer_miss()
             elif turn == 8:
                 rig.set_table(driver.table(drain=driver.chance(0.5)))
             elif turn == 9:

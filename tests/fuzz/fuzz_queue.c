@@ -379,6 +379,8 @@ static void change_table(struct world *w)
     if (!adopted && w->tables[w->table_count - 1]->drain)
         drain = true; /* it still lacks what the queue may be using */
     vb_queue_set_table(w->queue, make_table(w, drain));
+    if (!(how & 2))
+        vb_queue_answer_miss(w->queue);
 }
 
 static void set_capacity(struct world *w)

@@ -197,6 +197,8 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view);
 
 /* Control: publish a table; the queue adopts it at its next chunk. */
 void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table);
+/* Control: the range of the view's `missing` has been looked up; what was found is in a table published before this call. */
+void vb_queue_answer_miss(struct vb_queue *queue);
 /* Control: look again (after new table, or to rescan the ring). */
 void vb_queue_wake(struct vb_queue *queue);
 /* Control: change the size of the disk, in bytes; seen by every request popped afterwards. */

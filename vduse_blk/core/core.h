@@ -142,14 +142,13 @@ struct vb_queue {
     struct vb_counters counters;
     struct vring_chain chain; /* queue: scratch, 4 KiB, too large for comfort on a stack */
     struct vring_seg missed;  /* queue: what the last miss asked for */
-    uint32_t missed_generation;
     bool missed_valid;
     int wake_fd;
     /* read by control */
     _Atomic uint32_t state;
     _Atomic uint32_t fault;
     _Atomic uint32_t table_generation;
-    _Atomic uint32_t missing;
+    _Atomic uint32_t missing; /* queue.c's MISS_... */
     _Atomic uint64_t miss_start;
     _Atomic uint64_t miss_last;
     _Atomic int32_t error;

@@ -6,9 +6,10 @@
  * atomics and eventfds.
  *
  * Misses. VDUSE shows its bounce area only once the first request uses it. A request that names unmapped memory is put
- * back, the range is left for control (missing, miss_*), and the queue pops nothing until a newer table arrives. If the
- * same range is still missing then, it is the driver's fault and the request fails. So a lookup never does a system call,
- * and a request is delayed, never lost.
+ * back, the range is left for control (missing, miss_*), and the queue pops nothing until control has answered: with a new
+ * table first, if it found something. A table alone is no answer, it may be another queue's. If the same range is still
+ * missing after the answer, it is the driver's fault and the request fails. So a lookup never does a system call, and a
+ * request is delayed, never lost.
  */
 #include "core.h"
 
@@ -19,6 +20,8 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+enum { MISS_NONE = 0, MISS_ASKED, MISS_ANSWERED }; /* vb_queue.missing: the queue asks and takes, control answers */
 
 static void signal_eventfd(int fd)
 {
@@ -149,7 +152,7 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
     view->state = atomic_load(&queue->state);
     view->fault = atomic_load(&queue->fault);
     view->table_generation = atomic_load(&queue->table_generation);
-    view->missing = atomic_load(&queue->missing);
+    view->missing = atomic_load(&queue->missing) == MISS_ASKED;
     view->miss_start = atomic_load(&queue->miss_start);
     view->miss_last = atomic_load(&queue->miss_last);
     view->error = atomic_load(&queue->error);
@@ -159,6 +162,13 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
 void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table)
 {
     atomic_store(&queue->table_next, table);
+    vb_queue_wake(queue);
+}
+
+void vb_queue_answer_miss(struct vb_queue *queue)
+{
+    uint32_t asked = MISS_ASKED;
+    atomic_compare_exchange_strong(&queue->missing, &asked, MISS_ANSWERED);
     vb_queue_wake(queue);
 }
 
@@ -201,13 +211,12 @@ static bool ask(struct vb_queue *queue, const struct vring_seg *range)
         return false;
     queue->missed = *range;
     queue->missed_valid = true;
-    queue->missed_generation = queue->table->generation;
     COUNT(queue->counters.misses, 1);
     uint64_t length = range->length ? range->length : 1;
     uint64_t room = UINT64_MAX - range->iova;
     atomic_store(&queue->miss_start, range->iova);
     atomic_store(&queue->miss_last, range->iova + (length - 1 > room ? room : length - 1));
-    atomic_store(&queue->missing, 1);
+    atomic_store(&queue->missing, MISS_ASKED);
     queue_post_event(queue);
     return true;
 }
@@ -216,10 +225,12 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 {
     struct vring_seg unmapped;
     *more = false;
-    if (atomic_load_explicit(&queue->missing, memory_order_relaxed)) {
-        if (queue->table->generation == queue->missed_generation)
+    uint32_t missing = atomic_load_explicit(&queue->missing, memory_order_acquire);
+    if (missing != MISS_NONE) {
+        /* Answered with a table that is not adopted yet: control wakes us after the answer, so there will be another turn. */
+        if (missing == MISS_ASKED || atomic_load(&queue->table_next) != queue->table)
             return NULL;
-        atomic_store(&queue->missing, 0);
+        atomic_store(&queue->missing, MISS_NONE);
     }
     enum vring_pop_result popped = vring_pop(&queue->ring, queue->table, &queue->chain, &unmapped);
     if (popped == VRING_EMPTY)

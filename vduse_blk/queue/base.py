@@ -112,6 +112,10 @@ class Queue(Protocol):
     def set_table(self, table: Any) -> None:
         """A new IOVA table is published."""
 
+    def answer_miss(self) -> None:
+        """The view's ``missing`` range has been looked up, and what was found is published. If it is still not there, the
+        request that needs it fails."""
+
     def is_running(self) -> bool:
         """Between start and stop. Any thread."""
 
@@ -166,6 +170,9 @@ class CoreQueue:
 
     def set_table(self, table: Any) -> None:
         lib.vb_queue_set_table(self._c, table)
+
+    def answer_miss(self) -> None:
+        lib.vb_queue_answer_miss(self._c)
 
     def view(self) -> QueueView:
         view = ffi.new("struct vb_view *")

@@ -102,10 +102,6 @@ class IovaMap:
         self._check_free(start, last)
         return self._add(Region(start, last, host, access))
 
-    def renew(self) -> None:
-        """Publish the same regions as a new generation: the answer "there is no such memory" to a queue's miss."""
-        self._publish(drain=False)
-
     def remove(self, start: int = 0, last: int = 2**64 - 1, *, timeout: float | None = None) -> None:
         """Unmap every region that overlaps [start, last]; returns when nothing in flight can touch it.
 

@@ -4,9 +4,9 @@ A kick wakes the loop; one C call pops and parses a batch; each request goes to 
 awaits the stack; the answers of one turn of the loop are given in one C call that publishes once and notifies at
 most once. Guest memory is handed to the stack as memoryviews over the mapping, never copied.
 
-Owners: ``start``, ``stop``, ``set_table`` are the control thread's; everything with an underscore is the loop's. The C
-queue object is created before the loop learns of it and freed after the loop has let go of it, so the two never
-share it at the same time, but for the atomics of ``set_table`` and ``view``.
+Owners: ``start``, ``stop``, ``set_table``, ``answer_miss`` are the control thread's; everything with an underscore is the
+loop's. The C queue object is created before the loop learns of it and freed after the loop has let go of it, so the two
+never share it at the same time, but for the atomics of ``set_table``, ``answer_miss`` and ``view``.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class PluginQueue(CoreQueue):
 
     def set_table(self, table: Any) -> None:
         super().set_table(table)
+        self._loop.call_soon_threadsafe(self._look)
+
+    def answer_miss(self) -> None:
+        super().answer_miss()
         self._loop.call_soon_threadsafe(self._look)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> None:
