@@ -43,6 +43,12 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
+def heed_signals() -> None:
+    """Tests under nohup, or in the background of a shell, inherit that these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Host:
     """A run directory of its own and the command line on it."""
 
@@ -76,6 +82,7 @@ class Host:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_signals,
         )
 
     def wait_for_log(self, name: str, text: str) -> None:
