@@ -13,6 +13,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vduse_blk.block.contract import BlockInfo
@@ -24,12 +25,14 @@ KILL_ENV = "VDUSE_BLK_TEST_KILL"
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
     """What a user may choose about an export. ``queues`` virtqueues of ``queue_size`` entries; ``path`` is "native",
-    "plugin" or "auto" (native where the stack can be served by C)."""
+    "plugin" or "auto" (native where the stack can be served by C). ``timeout``: seconds ``start`` may wait for others.
+    ``directory``: the disk's own, private one, where what outlives the server is kept; None: nothing is."""
 
     queues: int
     queue_size: int = 256
     path: str = "auto"
     timeout: float = 60.0
+    directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
