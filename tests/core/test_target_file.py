@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -93,18 +94,31 @@ def test_a_failed_flush_is_never_forgotten(io_mode: str, losing_device: str) -> 
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_who_may_try_a_flush_again(direct: bool, tmp_path: Path) -> None:
-    """Direct I/O leaves nothing behind that a failed flush could drop."""
+def test_a_failed_flush_is_remembered_with_direct_io_too(
+    direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata, and data where a file system falls back to the page cache, is lost as silently as without; so Python and C
+    share one memory of it."""
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(MIB))
     stack = Stack(FileBackend(FileBackend.Options(path=str(path), direct=direct)))
 
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     async def run() -> None:
-        await stack.open()
+        info = await stack.open()
         target = stack.native_target()
-        await stack.close()
         assert isinstance(target, FileTarget)
-        assert (target.lost is None) == direct
+        with queue(info, target, "sync") as driver:
+            assert driver.flush() == OK
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+                patch.setattr(os, "fdatasync", fail)
+                await stack.flush()
+            assert driver.flush() == IOERR
+        with pytest.raises(OSError, match="lost data"):
+            await stack.flush()
+        await stack.close()
 
     asyncio.run(run())
 

@@ -151,8 +151,7 @@ class FileBackend(Backend):
         return await self.refresh()
 
     def native_target(self) -> FileTarget:
-        # Direct I/O leaves nothing in the page cache that could be forgotten.
-        return FileTarget(self._fd, self._is_block_device, None if self.options.direct else self._lost)
+        return FileTarget(self._fd, self._is_block_device, self._lost)
 
     # --------------------------------------------------------------------------- opening, on a thread of its own
 
@@ -414,9 +413,9 @@ class FileBackend(Backend):
             try:
                 os.fdatasync(self._fd)
             except OSError:
-                if not self.options.direct:
-                    # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed.
-                    self._lost[0] = 1
+                # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed. With
+                # direct I/O there are such pages, too: of metadata, and where a file system falls back to the page cache.
+                self._lost[0] = 1
                 raise
         if self._lost[0]:  # perhaps meanwhile: of two at once the kernel tells only one
             raise OSError(errno.EIO, f"{self}: another flush failed and lost data")
