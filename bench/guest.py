@@ -4,7 +4,7 @@ All servers of a place stay attached on images of the same kind and take turns: 
 them, one right after the other, in an order that turns with the round. Rounds are short and many, so that whatever else the
 machine does meanwhile slows all of them alike.
 
-    python -m bench.guest RESULT [--rounds N] [--seconds S] [--place tmpfs|ext4] [--case WORD]
+    python -m bench.guest RESULT --rounds N --seconds S [--place tmpfs|ext4] [--case PATTERN]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.report import MIN_ROUNDS
 from bench.servers import QSD, Server, ours, qsd, run
 
 TOP = Path(__file__).resolve().parent.parent
@@ -203,16 +204,15 @@ def compare_at(place: Place, cases: Sequence[Case], blkgen: Path, rounds: int, s
         }
 
 
-def ceilings(cases: Sequence[Case], blkgen: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+def ceilings(cases: Sequence[Case], blkgen: Path, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
     """What the client reaches on a device that does nothing, in the kernel and behind VDUSE: no server can be faster."""
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, Any]] = {case.name: {"unit": case.unit, "client": [], "kernel": []} for case in cases}
     with ours("nothing", f"null:{IMAGE_BYTES}") as server:
-        devices = {"client": "/dev/nullb0", "kernel": server.device}
-        for case in cases:
-            found[case.name] = {
-                what: [case.run(blkgen, device, 1.0)[case.unit] for _ in range(rounds)] for what, device in devices.items()
-            }
-            say(f"no storage, {case.name}: " + ", ".join(f"{what} {max(got):.0f}" for what, got in found[case.name].items()))
+        for _ in range(rounds):
+            for case in cases:
+                for what, device in (("client", "/dev/nullb0"), ("kernel", server.device)):
+                    found[case.name][what].append(case.run(blkgen, device, seconds)[case.unit])
+    say("no storage: measured")
     return found
 
 
@@ -248,7 +248,7 @@ def main() -> int:
             "machine": machine(),
             "kernel": platform.release(),
             "qsd": version_of_qsd(),
-            "ceilings": ceilings(cases, blkgen, 3),
+            "ceilings": ceilings(cases, blkgen, min(MIN_ROUNDS, arguments.rounds), arguments.seconds),
             "places": [compare_at(place, cases, blkgen, arguments.rounds, arguments.seconds) for place in places],
         }
     finally:
