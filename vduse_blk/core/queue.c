@@ -307,8 +307,10 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status status)
 {
     struct vb_counters *counters = &queue->counters;
-    if (mapping_faults() != queue->faults_seen)
+    if (mapping_faults() != queue->faults_seen) {
         status = VBLK_S_IOERR; /* some of the data may have gone to, or come from, a stand-in page */
+        queue_break(queue, VRING_FAULT_MEMORY);
+    }
     if (vblk_malformed(req))
         COUNT(counters->malformed, 1);
     COUNT(counters->ops[req->op], 1);

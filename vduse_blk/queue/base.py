@@ -74,6 +74,8 @@ class QueueView:
     table_generation: int
     error: int
     replayed: int = 0
+    memory_lost: bool = False
+    """It stopped because mapped memory vanished: the ring itself is sound."""
 
 
 class DiskRules:
@@ -190,6 +192,7 @@ class CoreQueue:
             table_generation=view.table_generation,
             error=view.error,
             replayed=view.replayed,
+            memory_lost=view.fault == lib.VRING_FAULT_MEMORY,
         )
 
     def counters(self) -> dict[str, int]:
