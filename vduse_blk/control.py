@@ -325,6 +325,8 @@ class WorkerSpec:
     ready_fd: int | None = None
     """Inherited pipe for the one line that says how the start went; None: nobody waits (``serve``)."""
     export: str = "vduse"
+    timeout: float | None = None
+    """Seconds after which whoever waits gives up; None: nobody does."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -347,6 +349,8 @@ class WorkerSpec:
             raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
+        if self.timeout is not None and not self.timeout > 0:
+            raise _unusable("timeout", self.timeout, "positive numbers of seconds")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -387,6 +391,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "path": (str, False),
     "ready_fd": (int, True),
     "export": (str, False),
+    "timeout": (float, True),
 }
 
 
@@ -394,7 +399,8 @@ def _check_type(key: str, value: object) -> None:
     wanted, optional = _SPEC_TYPES[key]
     if value is None and optional:
         return
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+    accepted = (int, float) if wanted is float else wanted
+    if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
         raise _unusable(key, value, f"values of type {wanted.__name__}")
 
 

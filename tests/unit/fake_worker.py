@@ -73,7 +73,7 @@ def main() -> None:
         tell(control.ready_line("/dev/vdz", size=spec.size))
     seen = {
         "cwd": os.getcwd(), "descriptors": descriptors, "session_leader": os.getsid(0) == os.getpid(),
-        "ready_fd": spec.ready_fd, "notify": "NOTIFY_SOCKET" in os.environ,
+        "ready_fd": spec.ready_fd, "timeout": spec.timeout, "notify": "NOTIFY_SOCKET" in os.environ,
     }  # fmt: skip
     info: dict[str, Any] = state | {
         "queue_count": 2, "size": spec.size or 1 << 30, "block_size": spec.block_size or 512,

@@ -155,7 +155,7 @@ class TestAttach:
         """What the options say is in the server's specification."""
         host.run(
             "attach", "memory:1G", "--name", "m", "--read-only", "--queue-size", "64", "--serial", "S1",
-            "--block-size", "4096", "--size", "1M",
+            "--block-size", "4096", "--size", "1M", "--timeout", "47",
         )  # fmt: skip
         info = host.json("info", "m")[1]
         assert (info["read_only"], info["serial"], info["block_size"], info["size"]) == (
@@ -165,6 +165,7 @@ class TestAttach:
             1 << 20,
         )
         assert info["queues"][0]["size"] == 64
+        assert info["seen"]["timeout"] == 47
 
     def test_names_are_made_unique(self, host: Host) -> None:
         """The second disk of one source gets '-2', the third '-3'."""

@@ -180,7 +180,7 @@ class TestWorkerSpec:
         """What attach writes is what the server reads."""
         spec = WorkerSpec(
             name="d", source="/x", options={"direct": True}, read_only=True, queues=3, queue_size=64,
-            serial="S 1", block_size=4096, size=8192, path="plugin", ready_fd=5,
+            serial="S 1", block_size=4096, size=8192, path="plugin", ready_fd=5, timeout=2.5,
         )  # fmt: skip
         assert WorkerSpec.from_json(spec.to_json()) == spec
 
@@ -197,6 +197,7 @@ class TestWorkerSpec:
             ("queue_size", 65536), ("queue_size", None), ("serial", ""), ("serial", "x" * 21),
             ("serial", "ä"), ("serial", "a\n"), ("block_size", 0), ("block_size", 8192), ("size", 0),
             ("size", -512), ("size", 513), ("path", "fast"), ("ready_fd", "5"), ("export", None),
+            ("timeout", 0), ("timeout", -1.5), ("timeout", "5"), ("timeout", True),
             ("colour", "red"),
         ],
     )  # fmt: skip

@@ -34,6 +34,8 @@ log = logging.getLogger("vduse_blk.disk")
 _QUEUES_DEFAULT = 8
 _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
+_MARGIN = 10.0
+"""Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
 
 
 class Worker:
@@ -44,16 +46,20 @@ class Worker:
         self._ready = ready
         self._phase = "starting"
         self._started_at = time.time()
+        self._began = time.monotonic()
         self._stack: Stack | None = None
         self._exporter: Exporter | None = None
         self._endpoint: Endpoint | None = None
         self._changing = asyncio.Lock()  # one resize or detach at a time
         self._finished = asyncio.Event()
+        self._undone = asyncio.Event()  # a start that failed
+        self._loss: Exception | None = None
         self._start: asyncio.Task[None] | None = None
         self._given_up: str | None = None
 
     async def run(self) -> None:
-        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left)."""
+        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left), or if the disk
+        is gone and its storage could not be closed."""
         lock = control.lock_directory(self._spec.name)
         try:
             async with AsyncExitStack() as undo:
@@ -64,11 +70,15 @@ class Worker:
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
                 loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, self._on_signal, number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    # Under nohup a terminal that is closed leaves the disk alone.
+                    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                        loop.add_signal_handler(number, self._on_signal, number)
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start()
                 await self._finished.wait()
+                if self._loss is not None:
+                    raise ControlError(str(self._loss), Exit.FAILED) from self._loss
         finally:
             if not self._is_left():
                 control.remove_directory(self._spec.name, locked_fd=lock)
@@ -82,10 +92,13 @@ class Worker:
             await self._start
         except BaseException as error:
             # The export undoes what its own start did; from then on it is ours to undo.
-            if self._exporter is not None:
-                await self._stop_export()
-            if not self._is_left():
-                await self._close_storage(abandon=True)
+            try:
+                if self._exporter is not None:
+                    await self._stop_export()
+                if not self._is_left():
+                    await self._close_storage(abandon=True)
+            finally:
+                self._undone.set()
             if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
                 raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
             raise
@@ -94,6 +107,8 @@ class Worker:
 
     async def _bring_up(self) -> None:
         spec = self._spec
+        if self._given_up is not None:
+            raise asyncio.CancelledError
         stack = open_source(
             spec.source,
             dict(spec.options),
@@ -112,6 +127,8 @@ class Worker:
                 queues=spec.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT),
                 queue_size=spec.queue_size,
                 path=spec.path,
+                directory=control.DiskPaths.of(spec.name).directory,
+                **self._patience(),
             ),
         )
         self._endpoint = await exporter.start()
@@ -129,11 +146,20 @@ class Worker:
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {self._endpoint.path}")
 
+    def _patience(self) -> dict[str, float]:
+        """How long the export may wait, so that its own explanation comes before whoever started us gives up."""
+        if self._spec.timeout is None:
+            return {}
+        spent = time.monotonic() - self._began
+        return {"timeout": max(0.0, self._spec.timeout - min(_MARGIN, self._spec.timeout / 4) - spent)}
+
     def _give_up(self, reason: str) -> None:
-        if self._start is not None and self._given_up is None:
+        """Before or during the start."""
+        if self._given_up is None:
             log.warning("giving up: %s", reason)
             self._given_up = reason
-            self._start.cancel()
+            if self._start is not None:
+                self._start.cancel()
 
     def _on_failed(self, failed: asyncio.Future[str]) -> None:
         if failed.cancelled():
@@ -155,38 +181,59 @@ class Worker:
     async def _detach_on_signal(self, name: str) -> None:
         try:
             await self._detach(force=False)
-        except UserError as error:
-            log.error("%s: still serving: %s", name, error)
-        except Exception:
-            log.exception("%s: detach failed, still serving", name)
+        except Exception as error:
+            if self._finished.is_set():
+                return  # the disk is gone, and run() says what went wrong
+            if isinstance(error, UserError):
+                log.error("%s: still serving: %s", name, error)
+            else:
+                log.exception("%s: detach failed, still serving", name)
 
     async def _detach(self, *, force: bool) -> None:
+        """Returns when the disk is gone. Raises what kept it from going, and then it is served as before: a later call
+        tries again. Raises, too, if it went and the storage could not be closed; then the server ends all the same."""
         async with self._changing:
             if self._finished.is_set():
                 return
             if self._endpoint is None:
                 self._give_up("detach")
+                await self._undone.wait()
+                if self._is_left():
+                    raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claim = await self._claim(force=force)
             try:
-                await self._tear_down()
+                await self._stop_export()
             finally:
                 if claim is not None:
                     os.close(claim)
-            self._finished.set()
-
-    async def _tear_down(self) -> None:
-        await self._stop_export()
-        await self._close_storage()
+            try:
+                await self._close_storage()
+            except Exception as error:
+                log.exception("the storage of disk '%s' could not be closed", self._spec.name)
+                self._loss = ControlError(
+                    f"disk '{self._spec.name}' is removed, but its storage could not be closed: {error}", Exit.FAILED
+                )
+                raise self._loss from error
+            finally:
+                self._finished.set()
 
     async def _stop_export(self) -> None:
         assert self._exporter is not None
+        before = self._phase
         self._phase = "detaching"
         self._write_state()
-        notify_systemd("STOPPING=1")
-        await self._exporter.stop()
+        notify_systemd("STATUS=detaching")
+        try:
+            await self._exporter.stop()
+        except BaseException:
+            self._phase = "broken" if self._exporter.failed.done() else before
+            self._write_state()
+            notify_systemd(f"STATUS={self._phase}: detach failed")
+            raise
         self._exporter = None
         self._endpoint = None
+        notify_systemd("STOPPING=1")  # not before: it cannot be taken back
 
     async def _close_storage(self, *, abandon: bool = False) -> None:
         """``abandon``: and remove a file that was created for the disk, which nobody ever had."""
