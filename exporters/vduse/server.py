@@ -356,7 +356,8 @@ class DeviceServer:
                     self._report(index, f"queue {index}: memory cannot be mapped: {error}")
                 queue.answer_miss()
             if view.state is QueueState.BROKEN:
-                self._report(index, f"queue {index} stopped: {view.fault}")
+                because = f" ({os.strerror(view.error)})" if view.error else ""
+                self._report(index, f"queue {index} stopped: {view.fault}{because}")
                 if view.memory_lost:
                     self._serve_without_storage(index)
             elif view.error and view.error != errno.EINVAL:

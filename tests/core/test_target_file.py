@@ -24,6 +24,7 @@ from vduse_blk.queue.native import NativeQueue
 from vduse_blk.testing.driver import IOERR, OK, WRITE_ZEROES, FakeDriver
 
 MIB = 1 << 20
+_OFD_SETLK = 37  # linux/fcntl.h; Python 3.11 has no name for it
 
 
 @contextlib.contextmanager
@@ -158,3 +159,21 @@ async def zero(path: str, sync: bool, unmap: int) -> None:
     with queue(info, target, "sync") as driver:
         assert driver.ranges(WRITE_ZEROES, (0, 128, unmap)) == OK
     await stack.close()
+
+
+@pytest.mark.parametrize("io_mode", ["sync", "uring"])
+def test_a_queue_that_stopped_has_let_go_of_the_file(io_mode: str, tmp_path: Path) -> None:
+    """The lock on the file ends with its descriptor, not some milliseconds later."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(MIB))
+    whole_file = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    for _ in range(5):
+        fd, other = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR)
+        fcntl.fcntl(fd, _OFD_SETLK, whole_file)
+        with queue(BlockInfo(size=MIB), FileTarget(fd, False), io_mode) as driver:
+            assert driver.write(0, bytes(4096)) == OK
+        with pytest.raises(BlockingIOError):
+            fcntl.fcntl(other, _OFD_SETLK, whole_file)
+        os.close(fd)
+        fcntl.fcntl(other, _OFD_SETLK, whole_file)
+        os.close(other)

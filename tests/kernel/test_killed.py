@@ -109,7 +109,8 @@ def test_killed_with_many_requests_in_flight(tmp_path: Path) -> None:
         device = cli("attach", disk, "--name", "k").stdout.strip()
         (pid,) = servers()
         words = ["fio", "--name=t", f"--filename={device}", "--rw=randrw", "--bsrange=512-64k", "--direct=1"]
-        with subprocess.Popen([*words, "--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=60"], stdout=subprocess.DEVNULL) as load:
+        words += ["--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=60"]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as load:
             wait_until(lambda: info("k")["counters"]["write_ops"] > 200, "requests are served")
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: not servers(), "the server is dead")

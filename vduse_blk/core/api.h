@@ -67,7 +67,8 @@ enum vring_fault {
     VRING_FAULT_INDIRECT,     /* an indirect table that is nested, chained, empty, ragged or not negotiated */
     VRING_FAULT_INDIRECT_MAP, /* an indirect table in memory that is not mapped */
     VRING_FAULT_RING_MAP,     /* the ring itself is not mapped, misaligned or in pieces */
-    VRING_FAULT_MEMORY        /* touching mapped memory raised SIGBUS */
+    VRING_FAULT_MEMORY,       /* touching mapped memory raised SIGBUS */
+    VRING_FAULT_ENGINE        /* io_uring refused to go on; the view's error says why */
 };
 
 struct vring_seg {

@@ -209,7 +209,7 @@ void queue_post_event(struct vb_queue *queue);
 
 /* ---- targets: each starts a request; those that finish at once return their result, others report later ---- */
 
-enum { TARGET_PENDING = 1 };
+enum { TARGET_PENDING = 1, TARGET_FULL = 2 };
 
 struct uring;
 struct target_file {
@@ -228,7 +228,10 @@ void target_file_open(struct target_file *file, const struct vb_target *target);
 
 /* Serve one request by plain system calls. 0 or -errno. */
 int target_file_sync(struct target_file *file, struct vblk_req *req);
-/* Prepare the next step of a request. 1 = an SQE was filled, 0 = the request is complete, -errno = it failed. */
+/*
+ * Prepare the next step of a request. TARGET_PENDING = an SQE was filled, TARGET_FULL = there is none, submit and call
+ * again, 0 = the request is complete, -errno = it failed.
+ */
 int target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
 /* Take in the result of the step: 1 = prepare the next (which may find that there is none), -errno = failed. */
 int target_file_advance(struct target_file *file, struct vblk_req *req, int result);

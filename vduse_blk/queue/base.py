@@ -25,6 +25,7 @@ _FAULTS = {
     lib.VRING_FAULT_INDIRECT_MAP: "an indirect descriptor table in unmapped memory",
     lib.VRING_FAULT_RING_MAP: "the ring's memory is not mapped, or misaligned",
     lib.VRING_FAULT_MEMORY: "mapped memory vanished (SIGBUS)",
+    lib.VRING_FAULT_ENGINE: "io_uring refused to go on",
 }
 
 
