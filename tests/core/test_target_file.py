@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import errno
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator

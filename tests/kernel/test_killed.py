@@ -103,7 +103,7 @@ def test_killed_in_the_middle_of_io(tmp_path: Path) -> None:
 
 
 def test_killed_with_many_requests_in_flight(tmp_path: Path) -> None:
-    """Requests overtake each other, the server dies: none is answered twice and none is forgotten, so the disk can be removed."""
+    """Requests overtake each other, the server dies: none is answered twice, none is forgotten, the disk can be removed."""
     disk = image(tmp_path / "disk.img", 64 * MIB)
     for _ in range(3):
         device = cli("attach", disk, "--name", "k").stdout.strip()
