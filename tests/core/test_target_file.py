@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import errno
+import fcntl
 import os
 import shutil
 import struct

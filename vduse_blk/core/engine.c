@@ -282,10 +282,12 @@ static void *run(void *argument)
     sem_post(&engine->started);
     if (!serve)
         return NULL;
-    if (engine->by_uring)
+    if (engine->by_uring) {
         serve_uring(engine);
-    else
+        uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
+    } else {
         serve_sync(engine);
+    }
     return NULL;
 }
 
