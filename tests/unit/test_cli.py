@@ -609,14 +609,14 @@ def test_list_is_light(host: Host) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_documented(name: str) -> None:
-    """docs/cli.md has a section for every command, with every option and argument of its own, and no
-    other."""
+    """docs/cli.md has a section for every command, which describes every option of its own, and no other."""
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     section = re.search(rf"^## vduse-blk {name}\b(.*?)(?=^## )", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     assert section is not None
     options = {option for p in command.params if isinstance(p, click.Option) for option in p.opts}
-    assert set(re.findall(r"--[a-z][a-z-]+", section[1])) - {"--timeout"} == options - {"--timeout"}
+    text = re.sub(r"```.*?```", "", section[1], flags=re.DOTALL)  # examples use other commands, too
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--timeout"} == options - {"--timeout"}
     assert command.help
     assert all(p.help for p in command.params if isinstance(p, click.Option))
     synopsis = DOCS.read_text().split("```")[1]
