@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import compare
+from bench.host_load import Feed, Gauge
 from bench.report import MIN_ROUNDS, Report, Row, best_peer
 from bench.servers import run
 
@@ -108,8 +113,9 @@ def measured(ours: float, idle: float = 0.0) -> dict[str, object]:
     """What bench/guest.py leaves, of one case at one place with two ways of the peer."""
     case = "randread 4k QD32"
     speed = {"ours": ours, "peer1": 100.0, "peer2": 120.0}
+    same = {"server_cpu_us_per_io": 10.0, "p99_us": 50.0, "tries": 2, "disturbed": 0.1}
     runs = [
-        {"case": case, "round": number, "server": server, "iops": iops, "server_cpu_us_per_io": 10.0, "p99_us": 50.0}
+        {"case": case, "server": server, "iops": iops, **same}
         for number in range(5)
         for server, iops in speed.items()
     ]
@@ -173,3 +179,25 @@ def test_the_client_fails_on_what_is_no_disk(blkgen: Path) -> None:
         run(blkgen, "/dev/full", "read", "random", 4096, 1, 0.1)
     with pytest.raises(RuntimeError, match="usage"):
         run(blkgen, "/dev/null", "read", "backwards", 4096, 1, 0.1)
+
+
+def test_others_load_reaches_the_guest(tmp_path: Path) -> None:
+    """What a process outside the benchmark's own uses is seen through the file; what its own uses is not."""
+    path = tmp_path / "load"
+    gauge = Gauge(path)
+    assert gauge.share(gauge.look()) == 0.0
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(["sleep", "60"]) as stranger, subprocess.Popen(spin) as spinner:
+        try:
+            shares = []
+            for root in (stranger.pid, spinner.pid):
+                with Feed(path, root):
+                    while (since := gauge.look()) is None:
+                        time.sleep(0.02)
+                    time.sleep(1.0)
+                    shares.append(gauge.share(since))
+        finally:
+            stranger.kill()
+            spinner.kill()
+    # The spinner has one CPU, or what others leave of it, to itself.
+    assert shares[0] > shares[1] + 0.3 / (os.cpu_count() or 1)
