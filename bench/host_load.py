@@ -1,8 +1,8 @@
 """How busy others keep the host while a guest of it measures: the host writes it to a file, the guest reads it there.
 
 A virtual machine's figures are worth little while something else uses the processors it runs on, and from inside that
-cannot be seen. The file holds two numbers that only grow: seconds, and CPU seconds used by all processes of the host but ours,
-per CPU.
+cannot be seen. The file holds two numbers that only grow: seconds, and CPU seconds used by all processes of the host but
+ours, per CPU.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import compare
-from bench.host_load import Feed, Gauge
+from bench.host_load import Feed, Gauge, cpu_seconds
 from bench.report import MIN_ROUNDS, Report, Row, best_peer
 from bench.servers import run
 
@@ -183,21 +183,20 @@ def test_the_client_fails_on_what_is_no_disk(blkgen: Path) -> None:
 
 def test_others_load_reaches_the_guest(tmp_path: Path) -> None:
     """What a process outside the benchmark's own uses is seen through the file; what its own uses is not."""
-    path = tmp_path / "load"
-    gauge = Gauge(path)
-    assert gauge.share(gauge.look()) == 0.0
+    all_but_sleep, all_but_spin = Gauge(tmp_path / "sleep"), Gauge(tmp_path / "spin")
+    assert all_but_sleep.share(all_but_sleep.look()) == 0.0
     spin = [sys.executable, "-c", "while True: pass"]
-    with subprocess.Popen(["sleep", "60"]) as stranger, subprocess.Popen(spin) as spinner:
+    with subprocess.Popen(["sleep", "60"]) as sleep, subprocess.Popen(spin) as spinner:
         try:
-            shares = []
-            for root in (stranger.pid, spinner.pid):
-                with Feed(path, root):
-                    while (since := gauge.look()) is None:
-                        time.sleep(0.02)
-                    time.sleep(1.0)
-                    shares.append(gauge.share(since))
+            with Feed(tmp_path / "sleep", sleep.pid), Feed(tmp_path / "spin", spinner.pid):
+                time.sleep(0.5)
+                looks, used = (all_but_sleep.look(), all_but_spin.look()), cpu_seconds(spinner.pid)
+                time.sleep(2.0)
+                seen = all_but_sleep.share(looks[0]) - all_but_spin.share(looks[1])
+                used = cpu_seconds(spinner.pid) - used
         finally:
-            stranger.kill()
+            sleep.kill()
             spinner.kill()
-    # The spinner has one CPU, or what others leave of it, to itself.
-    assert shares[0] > shares[1] + 0.3 / (os.cpu_count() or 1)
+    assert used > 0
+    assert seen == pytest.approx(used / 2.0 / (os.cpu_count() or 1), rel=0.35)
+    assert not (tmp_path / "spin").exists()
