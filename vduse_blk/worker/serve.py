@@ -15,25 +15,34 @@ import os
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control, registry
+from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.source import open_source
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
 
 log = logging.getLogger("vduse_blk.disk")
 
-_QUEUES_DEFAULT = 8
 _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """One way in which the disk is presented now. ``text`` is what the user calls it."""
+
+    text: str
+    exporter: Exporter
+    endpoint: Endpoint
 
 
 class Worker:
@@ -45,8 +54,7 @@ class Worker:
         self._phase = "starting"
         self._started_at = time.time()
         self._stack: Stack | None = None
-        self._exporter: Exporter | None = None
-        self._endpoint: Endpoint | None = None
+        self._exports: list[_Export] = []
         self._changing = asyncio.Lock()  # one resize or detach at a time
         self._finished = asyncio.Event()
         self._start: asyncio.Task[None] | None = None
@@ -54,20 +62,22 @@ class Worker:
 
     async def run(self) -> None:
         """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left)."""
+        wanted = parse_exports(self._spec.exports)
         lock = control.lock_directory(self._spec.name)
         try:
             async with AsyncExitStack() as undo:
                 self._write_state()
                 reached("locked")
-                for problem in harden():
-                    log.warning("%s", problem)
+                if any(export.exporter.for_this_host for export in wanted):
+                    for problem in harden():
+                        log.warning("%s", problem)
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
                 loop = asyncio.get_running_loop()
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._on_signal, number)
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
-                await self._run_start()
+                await self._run_start(wanted)
                 await self._finished.wait()
         finally:
             if not self._is_left():
@@ -76,14 +86,14 @@ class Worker:
 
     # --------------------------------------------------------------------------------------------------- start
 
-    async def _run_start(self) -> None:
-        self._start = asyncio.get_running_loop().create_task(self._bring_up())
+    async def _run_start(self, wanted: list[ExportSpec]) -> None:
+        self._start = asyncio.get_running_loop().create_task(self._bring_up(wanted))
         try:
             await self._start
         except BaseException as error:
-            # The export undoes what its own start did; from then on it is ours to undo.
-            if self._exporter is not None:
-                await self._stop_export()
+            # An export undoes what its own start did; from then on it is ours to undo.
+            if self._exports:
+                await self._stop_exports()
             if not self._is_left():
                 await self._close_storage(abandon=True)
             if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
@@ -92,7 +102,7 @@ class Worker:
         finally:
             self._start = None
 
-    async def _bring_up(self) -> None:
+    async def _bring_up(self, wanted: list[ExportSpec]) -> None:
         spec = self._spec
         stack = open_source(
             spec.source,
@@ -105,29 +115,33 @@ class Worker:
         await stack.open()
         self._stack = stack
         reached("opened")
-        exporter = registry.exporter(spec.export)(
-            stack,
-            spec.name,
-            ExportOptions(
-                queues=spec.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT),
-                queue_size=spec.queue_size,
-                path=spec.path,
-            ),
-        )
-        self._endpoint = await exporter.start()
-        self._exporter = exporter
-        exporter.failed.add_done_callback(self._on_failed)
+        for text, export in zip(spec.exports, wanted, strict=True):
+            exporter = export.exporter(
+                stack,
+                spec.name,
+                ExportOptions(
+                    queues=spec.queues or 0,
+                    queue_size=spec.queue_size,
+                    path=spec.path,
+                    read_only=export.read_only,
+                    own=export.own,
+                ),
+            )
+            endpoint = await exporter.start()
+            self._exports.append(_Export(text, exporter, endpoint))
+            exporter.failed.add_done_callback(self._on_failed)
         if self._given_up is not None:
             raise asyncio.CancelledError  # it came too late to interrupt the export's start
         self._phase = "serving"
         self._write_state()
         reached("serving")
-        log.info("disk '%s' is %s", spec.name, self._endpoint.path)
+        places = ", ".join(export.endpoint.path for export in self._exports)
+        log.info("disk '%s' is %s", spec.name, places)
         facts = self._summary()
         if not self._ready.write(control.ready_line(facts.pop("device"), **facts)):
             self._given_up = "nobody waits for the disk any more"
             raise asyncio.CancelledError
-        notify_systemd(f"READY=1\nSTATUS=serving {self._endpoint.path}")
+        notify_systemd(f"READY=1\nSTATUS=serving {places}")
 
     def _give_up(self, reason: str) -> None:
         if self._start is not None and self._given_up is None:
@@ -154,39 +168,45 @@ class Worker:
 
     async def _detach_on_signal(self, name: str) -> None:
         try:
-            await self._detach(force=False)
+            await self._detach(force=False, signalled=True)
         except UserError as error:
             log.error("%s: still serving: %s", name, error)
         except Exception:
             log.exception("%s: detach failed, still serving", name)
 
-    async def _detach(self, *, force: bool) -> None:
+    async def _detach(self, *, force: bool, signalled: bool = False) -> None:
+        """``signalled``: whoever manages this process wants it to end; a front-end waits for the next server."""
         async with self._changing:
             if self._finished.is_set():
                 return
-            if self._endpoint is None:
+            if not self._exports:
                 self._give_up("detach")
                 return
-            claim = await self._claim(force=force)
+            claims: list[int] = []
             try:
+                if not force:
+                    for export in self._exports:
+                        if export.endpoint.kind == "block":
+                            claims += await self._claim(export.endpoint.path)
+                        elif not signalled:
+                            self._check_unused(export)
                 await self._tear_down()
             finally:
-                if claim is not None:
+                for claim in claims:
                     os.close(claim)
             self._finished.set()
 
     async def _tear_down(self) -> None:
-        await self._stop_export()
+        await self._stop_exports()
         await self._close_storage()
 
-    async def _stop_export(self) -> None:
-        assert self._exporter is not None
+    async def _stop_exports(self) -> None:
         self._phase = "detaching"
         self._write_state()
         notify_systemd("STOPPING=1")
-        await self._exporter.stop()
-        self._exporter = None
-        self._endpoint = None
+        while self._exports:
+            await self._exports[-1].exporter.stop()
+            self._exports.pop()
 
     async def _close_storage(self, *, abandon: bool = False) -> None:
         """``abandon``: and remove a file that was created for the disk, which nobody ever had."""
@@ -198,32 +218,36 @@ class Worker:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
         return Path("/sys/class/vduse", self._spec.name).exists()
 
-    async def _claim(self, *, force: bool) -> int | None:
-        """Refuse if the disk is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
-        assert self._endpoint is not None
-        if force or self._endpoint.kind != "block":
-            return None
+    async def _claim(self, path: str) -> list[int]:
+        """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
         deadline = time.monotonic() + _GLANCE
-        path = self._endpoint.path
         while True:
             holders = await asyncio.to_thread(self._holders, path)
             if not holders:
                 break
             if time.monotonic() > deadline or any(holder.kind != "open" for holder in holders):
-                raise ControlError(
-                    f"disk '{self._spec.name}' ({path}) is in use: {'; '.join(map(str, holders))}",
-                    Exit.BUSY,
-                    [asdict(holder) for holder in holders],
-                )
+                raise self._in_use(path, holders)
             await asyncio.sleep(0.1)
         try:
-            return os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+            return [os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)]
         except FileNotFoundError:
-            return None
+            return []
         except OSError as error:
             raise ControlError(
                 f"disk '{self._spec.name}' ({path}) is held by the kernel: {error.strerror}", Exit.BUSY
             ) from error
+
+    def _check_unused(self, export: _Export) -> None:
+        users = export.exporter.users()
+        if users:
+            raise self._in_use(export.endpoint.path, users)
+
+    def _in_use(self, path: str, holders: list[Holder]) -> ControlError:
+        return ControlError(
+            f"disk '{self._spec.name}' ({path}) is in use: {'; '.join(map(str, holders))}",
+            Exit.BUSY,
+            [asdict(holder) for holder in holders],
+        )
 
     @staticmethod
     def _holders(path: str) -> list[Holder]:
@@ -286,15 +310,16 @@ class Worker:
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise ControlError(f"size: {size!r} is not usable; accepted are positive numbers of bytes", Exit.USAGE)
         async with self._changing:
-            if self._stack is None or self._exporter is None or self._endpoint is None:
+            if self._stack is None or not self._exports:
                 raise ControlError(f"disk '{self._spec.name}' is {self._phase}; it cannot be resized", Exit.BUSY)
             info = await self._stack.refresh()
             reached("resizing")
             if info.size != size:
                 info = await self._stack.resize(size)
             reached("resized")
-            await self._exporter.resized(info)
-            await self._seen_by_host(self._endpoint.path, info.size)
+            for export in self._exports:
+                await export.exporter.resized(info)
+                await self._seen_by_host(export.endpoint.path, info.size)
             self._write_state()
             return info.size
 
@@ -320,8 +345,8 @@ class Worker:
             "phase": self._phase,
             "started_at": self._started_at,
         }
-        if self._endpoint is not None:
-            facts["device"] = self._endpoint.path
+        if self._exports:
+            facts["device"] = self._exports[0].endpoint.path
         if self._stack is not None:
             info = self._stack.info
             facts |= {
@@ -330,8 +355,9 @@ class Worker:
                 "read_only": info.read_only,
                 "serial": info.serial,
             }
-        if self._exporter is not None:
-            facts |= {"path": self._exporter.path, "queue_count": self._exporter.options.queues}
+        if self._exports:
+            exporter = self._exports[0].exporter
+            facts |= {"path": exporter.path, "queue_count": exporter.queue_count}
         return facts
 
     def _write_state(self) -> None:
@@ -339,11 +365,12 @@ class Worker:
 
     def _info(self) -> dict[str, Any]:
         facts = self._summary()
-        if self._exporter is None:
+        if not self._exports:
             return facts
-        status = self._exporter.status()
+        # The first export's facts are the disk's; those of all are in "exports".
+        exports = [{"export": export.text, **export.exporter.status()} for export in self._exports]
         totals: dict[str, int] = {}
-        for queue in status["queues"]:
+        for queue in (queue for export in exports for queue in export["queues"]):
             for key, value in queue["counters"].items():
                 totals[key] = totals.get(key, 0) + value
-        return facts | status | {"counters": totals, "export": self._spec.export}
+        return facts | exports[0] | {"counters": totals} | ({"exports": exports} if len(exports) > 1 else {})
