@@ -337,7 +337,8 @@ def _inflight(request: Request, need_reply: bool, payload: bytes) -> Message:
     padding = len(payload) - _INFLIGHT.size
     if padding not in (0, _INFLIGHT_PADDING):
         raise ProtocolError(f"{request.name} has {len(payload)} bytes; accepted are {_INFLIGHT.size + _INFLIGHT_PADDING}")
-    return Inflight(request, need_reply, *_INFLIGHT.unpack_from(payload), padding)
+    size, offset, num_queues, queue_size = _INFLIGHT.unpack_from(payload)
+    return Inflight(request, need_reply, size, offset, num_queues, queue_size, padding)
 
 
 _DECODERS: Final[dict[Request, Callable[[Request, bool, bytes], Message]]] = {

@@ -117,31 +117,31 @@ class FrontendServer:
 
     def _next_front_end(self) -> socket.socket | None:
         """None: it is time to end."""
-        poll = select.poll()
-        poll.register(self._stop_fd, select.POLLIN)
-        if self._listener is not None:
-            poll.register(self._listener, select.POLLIN)
         while True:
+            connection = None
+            seconds: float | None = _RECONNECT_SECONDS
+            poll = select.poll()
+            poll.register(self._stop_fd, select.POLLIN)
             try:
-                connection = self._accept() if self._listener is not None else self._connect()
-                if connection is not None:
-                    connection.setblocking(False)
-                    return connection
-                pause = None if self._listener is not None else _RECONNECT_SECONDS
+                if self._listener is None:
+                    connection = self._connect()
+                else:
+                    connection = self._accept(self._listener)
+                    poll.register(self._listener, select.POLLIN)
+                    seconds = None
             except OSError as error:  # too many files, say: the listener stays readable, so it must not be waited for
                 log.error("%s: a front-end cannot be accepted: %s", self._name, error)
-                poll.unregister(self._listener)
-                poll.poll(_RECONNECT_SECONDS * 1000)
-                poll.register(self._listener, select.POLLIN)
-                pause = 0.0
-            events = poll.poll(None if pause is None else pause * 1000)
-            if any(fd == self._stop_fd for fd, _ in events):
+            if connection is not None:
+                connection.setblocking(False)
+                return connection
+            ready = poll.poll(None if seconds is None else seconds * 1000)
+            if any(fd == self._stop_fd for fd, _ in ready):
                 return None
 
-    def _accept(self) -> socket.socket | None:
-        assert self._listener is not None
+    @staticmethod
+    def _accept(listener: socket.socket) -> socket.socket | None:
         try:
-            return self._listener.accept()[0]
+            return listener.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
             return None
 

@@ -125,6 +125,7 @@ struct vblk_range {
 /* ---- queue.c, engine.c: serving a virtqueue -------------------------------------------------------------------- */
 
 enum vb_target_kind { VB_TARGET_NONE = 0, VB_TARGET_FILE, VB_TARGET_MEMORY, VB_TARGET_NULL };
+/* EVENTFD: the file is shared with the driver, who may have made it blocking, and full. */
 enum vb_notify_kind { VB_NOTIFY_EVENTFD = 0, VB_NOTIFY_VDUSE };
 enum { VB_RESUME = 0x10000 };
 enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC };

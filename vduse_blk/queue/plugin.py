@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
+import select
 import struct
 from collections import deque
 from collections.abc import Coroutine
@@ -58,14 +58,16 @@ class PluginQueue(CoreQueue):
         self._polling = False
         self._popping = False
         self._drained: asyncio.Event = asyncio.Event()
-        self._kick_fd = -1
+        self._kick: select.epoll | None = None
 
     # ------------------------------------------------------------------------------------------- control thread
 
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
         self._create(setup, iova)
-        self._kick_fd = setup.kick_fd
         try:
+            # Edge-triggered, in an epoll of its own, and never read: the descriptor may be blocking, and others may read it.
+            self._kick = select.epoll()
+            self._kick.register(setup.kick_fd, select.EPOLLIN | select.EPOLLET)
             self._on_loop(self._start())
         except BaseException:
             self._destroy()
@@ -79,6 +81,12 @@ class PluginQueue(CoreQueue):
         self._running = False
         self._iova.detach(self)
         return self._destroy()
+
+    def _destroy(self) -> int:
+        if self._kick is not None:
+            self._kick.close()
+            self._kick = None
+        return super()._destroy()
 
     def set_table(self, table: Any) -> None:
         super().set_table(table)
@@ -98,12 +106,14 @@ class PluginQueue(CoreQueue):
         self._drained.set()
         self._tasks = [self._loop.create_task(self._work()) for _ in range(_WORKERS)]
         await asyncio.sleep(0)  # every worker has registered itself as idle
-        self._loop.add_reader(self._kick_fd, self._on_kick)
+        assert self._kick is not None
+        self._loop.add_reader(self._kick, self._on_kick)
         self._look()
 
     async def _stop(self) -> None:
         self._popping = False
-        self._loop.remove_reader(self._kick_fd)
+        assert self._kick is not None
+        self._loop.remove_reader(self._kick)
         await self._drained.wait()
         for task in self._tasks:
             task.cancel()
@@ -112,10 +122,8 @@ class PluginQueue(CoreQueue):
         self._idle.clear()
 
     def _on_kick(self) -> None:
-        try:
-            os.read(self._kick_fd, 8)
-        except BlockingIOError:
-            pass
+        assert self._kick is not None
+        self._kick.poll(0, 1)
         self._look()
 
     def _look(self) -> None:
