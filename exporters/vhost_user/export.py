@@ -62,6 +62,7 @@ class VhostUserExporter(Exporter):
             num_queues=self.queue_count,
             queue_size=min(options.queue_size, _SEG_MAX_QUEUE),
             transport=0,
+            config_wce=True,
         )
         limits = self._virtio.limits
         self._factory = QueueFactory(
@@ -83,7 +84,7 @@ class VhostUserExporter(Exporter):
             if not self._own.client:
                 listener = self._listen(path)
             self._server = FrontendServer(
-                self.name, self._virtio, self._factory.make, self.fail, listener=listener, path=path
+                self.name, self._virtio, self._factory, self.fail, listener=listener, path=path
             )
         except BaseException:
             await self._undo.aclose()

@@ -21,8 +21,9 @@ from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError
-from vduse_blk.exporters.vhost_user.session import MakeQueue, Refused, Reply, Session, Totals
+from vduse_blk.exporters.vhost_user.session import Refused, Reply, Session, Totals, add_counters
 
+from vduse_blk.queue import QueueFactory
 from vduse_blk.virtio import VirtioBlkDevice, feature_names
 
 log = logging.getLogger("vduse_blk.disk")
@@ -40,7 +41,7 @@ class FrontendServer:
         self,
         name: str,
         virtio: VirtioBlkDevice,
-        make_queue: MakeQueue,
+        factory: QueueFactory,
         on_failure: Callable[[str], None],
         *,
         listener: socket.socket | None = None,
@@ -48,7 +49,7 @@ class FrontendServer:
     ) -> None:
         self._name = name
         self._virtio = virtio
-        self._make_queue = make_queue
+        self._factory = factory
         self._on_failure = on_failure
         self._listener = listener
         self._path = path
@@ -79,22 +80,17 @@ class FrontendServer:
 
     def describe(self) -> dict[str, Any]:
         """For ``info``: JSON types only."""
-        session = self._session
-        counters = {index: dict(past) for index, past in self._totals.past.items()}
-        negotiated = 0
-        queues: list[dict[str, Any]] = []
+        with self._totals.lock:
+            session = self._session
+            counters = {index: dict(past) for index, past in self._totals.past.items()}
+            for running in session.running() if session is not None else []:
+                add_counters(counters.setdefault(running.index, {}), running.counters())
         if session is not None:
-            negotiated = session.negotiated
-            queues = session.queue_states()
-            for queue in session.running():
-                total = counters.setdefault(queue.index, {})
-                for key, value in queue.counters().items():
-                    total[key] = total.get(key, 0) + value
+            negotiated, queues = session.negotiated, session.queue_states()
         else:
-            queues = [
-                {"index": index, "size": 0, "ready": False, "state": "unused"}
-                for index in range(self._virtio.num_queues)
-            ]
+            negotiated = 0
+            unused = {"size": 0, "ready": False, "state": "unused"}
+            queues = [{"index": index} | unused for index in range(self._virtio.num_queues)]
         return {
             "frontend": self.peer,
             "queues": [queue | {"counters": counters.get(queue["index"], {})} for queue in queues],
@@ -157,7 +153,7 @@ class FrontendServer:
 
     def _serve(self, connection: socket.socket) -> bool:
         """One front-end, from its first message to its last. False: it is time to end."""
-        session = Session(self._name, self._virtio, self._make_queue, self._event_fd, self._totals)
+        session = Session(self._name, self._virtio, self._factory, self._event_fd, self._totals)
         self.peer = _pid_of(connection)
         self._session = session
         log.info("%s: front-end connected (process %s)", self._name, self.peer)
@@ -167,9 +163,9 @@ class FrontendServer:
             log.exception("%s: bug while serving a front-end, which is left", self._name)
             return True
         finally:
+            session.close()
             self._session = None
             self.peer = None
-            session.close()
             log.info("%s: front-end gone", self._name)
 
 

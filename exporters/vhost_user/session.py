@@ -31,7 +31,7 @@ import select
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +39,8 @@ from typing import Any
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
-from vduse_blk.queue import FdRange, IovaMap, Queue, QueueSetup, QueueState, Region
-from vduse_blk.virtio import Feature, VirtioBlkDevice, feature_names
+from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region
+from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -49,10 +49,6 @@ MAX_MEM_SLOTS = 509
 _READ_WRITE = 3
 _RING_MAX = 32768
 _STUCK_SECONDS = 0.5
-
-MakeQueue = Callable[[int, bool], Queue]
-"""(index, failing) → a queue; ``failing``: one that answers every request with an error."""
-
 
 class Refused(Exception):
     """The message was understood and cannot be obeyed. The front-end is told so if it asked to be, else it is left."""
@@ -95,25 +91,21 @@ class _Memory:
 
 @dataclass(slots=True)
 class Totals:
-    """Counters of queues that are gone, by index. They outlive sessions."""
+    """Counters of queues that are gone, by index. They outlive sessions. Under ``lock`` a queue is either here or runs."""
 
     past: dict[int, dict[str, int]] = field(default_factory=dict)
-
-    def add(self, index: int, counters: dict[str, int]) -> None:
-        total = self.past.setdefault(index, {})
-        for key, value in counters.items():
-            total[key] = total.get(key, 0) + value
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Session:
     """``event_fd`` is the eventfd queues signal when they need ``look_at_queues``."""
 
     def __init__(
-        self, name: str, virtio: VirtioBlkDevice, make_queue: MakeQueue, event_fd: int, totals: Totals
+        self, name: str, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
     ) -> None:
         self._name = name
         self._virtio = virtio
-        self._make_queue = make_queue
+        self._factory = factory
         self._event_fd = event_fd
         self._totals = totals
         self._iova = IovaMap()
@@ -192,6 +184,7 @@ class Session:
                 if unknown:
                     raise Refused(f"features that were not offered: {', '.join(feature_names(unknown))}")
                 self._features = value
+                self._set_cache_mode()
                 self._settle_all()
             case Request.SET_PROTOCOL_FEATURES:
                 unknown = value & ~self.protocol_features
@@ -332,12 +325,12 @@ class Session:
         return None
 
     def _start(self, vring: _Vring, setup: QueueSetup) -> None:
-        queue = self._make_queue(vring.index, False)
+        queue = self._factory.make(vring.index, False)
         try:
             queue.start(setup, self._iova)
         except OSError as error:
             log.error("%s: queue %d cannot serve the storage (%s); its requests fail", self._name, vring.index, error)
-            queue = self._make_queue(vring.index, True)
+            queue = self._factory.make(vring.index, True)
             queue.start(setup, self._iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
         _signal(vring.notify)  # a predecessor may have published and died before it could say so
@@ -348,8 +341,9 @@ class Session:
             return
         with _kept_writable(vring.notify):
             vring.base = queue.stop()
-        self._totals.add(vring.index, queue.counters())
-        vring.queue = vring.setup = None
+        with self._totals.lock:
+            add_counters(self._totals.past.setdefault(vring.index, {}), queue.counters())
+            vring.queue = vring.setup = None
 
     @staticmethod
     def _drop_kick(vring: _Vring) -> None:
@@ -454,7 +448,18 @@ class Session:
         return Reply(messages.config_reply(message.offset, message.flags, data))
 
     def _set_config(self, message: messages.Config) -> None:
-        raise Refused("the configuration space is read-only")
+        """The driver may write one byte, and a front-end that has migrated gives us the same one back."""
+        is_wce = (message.offset, len(message.data)) == (CONFIG_WCE_OFFSET, 1)
+        if not is_wce or not self._virtio.offered & Feature.CONFIG_WCE.mask:
+            raise Refused(f"{len(message.data)} bytes at {message.offset} of the configuration space are read-only")
+        if message.data[0] > 1:
+            raise Refused(f"wce: {message.data[0]}; accepted are 0 and 1")
+        self._virtio.writeback = message.data[0] == 1
+        self._set_cache_mode()
+
+    def _set_cache_mode(self) -> None:
+        """Firmware and old drivers know no flush: to them a completed write is durable, so it must be."""
+        self._factory.rules.set_writethrough(self._virtio.is_writethrough(self.negotiated))
 
     def _set_backend(self, fds: list[int]) -> None:
         if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
@@ -493,12 +498,9 @@ class Session:
 
     # ----------------------------------------------------------------------------------------------- any thread
 
-    def running(self) -> Iterator[Queue]:
+    def running(self) -> list[Queue]:
         """Queues that run."""
-        for vring in self._vrings:
-            queue = vring.queue
-            if queue is not None:
-                yield queue
+        return [vring.queue for vring in self._vrings if vring.queue is not None]
 
     def queue_states(self) -> list[dict[str, Any]]:
         """For ``info``: index, size and state of every queue the front-end may use."""
@@ -508,6 +510,11 @@ class Session:
             state = "unused" if queue is None else queue.view().state.name.lower()
             states.append({"index": vring.index, "size": vring.num, "ready": queue is not None, "state": state})
         return states
+
+
+def add_counters(total: dict[str, int], more: dict[str, int]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0) + value
 
 
 def _file(fd: int) -> tuple[int, int]:

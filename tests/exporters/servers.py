@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ SIZE = 8 * MIB
 BASE = 0x10000000
 GAP = 0x10000000
 """Between the guest addresses of two queues' memory."""
+
+
+_SOCKETS = 4
+"""Of a server that talks to nobody: two that listen, and the pair with which its event loop wakes itself."""
 
 
 class Server:
@@ -82,8 +87,22 @@ class Server:
         return self.process.wait(seconds)
 
     def open_fds(self) -> int:
-        """Descriptors the process has open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        """Descriptors the process has open, when the ready pipe and the control socket's conversations are closed."""
+        deadline = time.monotonic() + 5
+        while True:
+            links = list(self._links())
+            sockets = sum(link.startswith("socket:") for link in links)
+            pipes = sum(link.startswith("pipe:") for link in links)
+            if (sockets <= _SOCKETS and pipes == 0) or time.monotonic() > deadline:
+                return len(links)
+            time.sleep(0.01)
+
+    def _links(self) -> Iterator[str]:
+        for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            try:
+                yield os.readlink(fd)
+            except FileNotFoundError:
+                pass
 
 
 class Machine:

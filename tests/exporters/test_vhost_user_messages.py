@@ -7,7 +7,6 @@ import struct
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.messages import (
     Assembler,

@@ -94,6 +94,7 @@ struct vblk_req {
     uint16_t head;
     uint8_t op; /* enum vblk_op */
     bool busy;  /* popped and not yet pushed */
+    bool fua;   /* WRITE, WRITE_ZEROES: durable when answered */
     uint8_t status;
     uint8_t unaligned_tail;
     uint16_t iov_count;

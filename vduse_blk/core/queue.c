@@ -339,6 +339,7 @@ int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room)
             struct vb_item *item = &items[count++];
             item->head = req->head;
             item->op = req->op;
+            item->fua = req->fua;
             item->iov_count = req->iov_count;
             item->offset = req->offset;
             item->length = req->length;

@@ -187,7 +187,7 @@ class IovaMap:
         # Huge pages of hugetlbfs are mapped and unmapped whole; st_blksize is their size there.
         page = max(os.sysconf("SC_PAGESIZE"), os.fstat(new.fd).st_blksize)
         skip = new.offset % page
-        length = (new.last - new.start + 1 + skip + page - 1) // page * page
+        length = min((new.last - new.start + 1 + skip + page - 1) // page * page, 2**64 - 1)
         error = ffi.new("int *")
         address = lib.mapping_map(new.fd, new.offset - skip, length, int(bool(new.access & WRITE)), error)
         if not address:

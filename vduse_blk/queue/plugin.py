@@ -26,7 +26,7 @@ from vduse_blk.queue.base import CoreQueue, DiskRules, QueueSetup
 from vduse_blk.queue.iova import IovaMap
 
 _WORKERS = 64  # requests of one queue in Python at a time; the rest waits in the ring
-_ITEM = struct.Struct("<HHIQQQQQ")
+_ITEM = struct.Struct("<HBBIQQQQQ")
 assert _ITEM.size == ffi.sizeof("struct vb_item")
 _STATUS = {Status.OK: lib.VBLK_S_OK, Status.IOERR: lib.VBLK_S_IOERR, Status.UNSUPP: lib.VBLK_S_UNSUPP}
 
@@ -34,6 +34,7 @@ _STATUS = {Status.OK: lib.VBLK_S_OK, Status.IOERR: lib.VBLK_S_IOERR, Status.UNSU
 class _Item(NamedTuple):
     head: int
     op: int
+    fua: int
     iov_count: int
     offset: int
     length: int
@@ -187,7 +188,7 @@ class PluginQueue(CoreQueue):
         elif item.op == lib.VBLK_WRITE:
             views = [view.toreadonly() for view in self._views(item)]
             try:
-                await stack.write(item.offset, views)
+                await stack.write(item.offset, views, fua=bool(item.fua))
             finally:
                 _release(views)
         elif item.op == lib.VBLK_FLUSH:
@@ -200,7 +201,9 @@ class PluginQueue(CoreQueue):
                 if item.op == lib.VBLK_DISCARD:
                     await stack.discard(ranges[i].offset, ranges[i].length)
                 else:
-                    await stack.write_zeroes(ranges[i].offset, ranges[i].length, unmap=bool(ranges[i].unmap))
+                    await stack.write_zeroes(
+                        ranges[i].offset, ranges[i].length, unmap=bool(ranges[i].unmap), fua=bool(item.fua)
+                    )
         else:
             raise OSError(errno.EOPNOTSUPP, f"request type {item.op}")
 

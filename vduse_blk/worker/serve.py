@@ -271,8 +271,8 @@ class Worker:
             while line := await reader.readline():
                 writer.write(await self._reply(line))
                 await writer.drain()
-        except (ConnectionError, ValueError):
-            pass  # gone in the middle, or a line beyond the limit: nothing to answer
+        except (ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # gone in the middle, a line beyond the limit, or the server ends: nothing to answer
         finally:
             writer.close()
 
