@@ -13,6 +13,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from vduse_blk.block.contract import BlockInfo
@@ -36,8 +37,10 @@ class CommonOptions:
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
     """What a user may choose about an export. ``queues`` virtqueues of ``queue_size`` entries (0: the exporter's own
-    choice); ``path`` is "native", "plugin" or "auto" (native where the stack can be served by C); ``read_only``: this export
-    refuses writes, whatever the stack does; ``own`` is an instance of the exporter's ``Options``."""
+    choice); ``path`` is "native", "plugin" or "auto" (native where the stack can be served by C). ``timeout``: seconds
+    ``start`` may wait for others. ``read_only``: this export refuses writes, whatever the stack does; ``own`` is an instance
+    of the exporter's ``Options``. ``directory``: the disk's own, private one, where what outlives the server is kept;
+    None: nothing is."""
 
     queues: int = 0
     queue_size: int = 256
@@ -45,6 +48,7 @@ class ExportOptions:
     timeout: float = 60.0
     read_only: bool = False
     own: Any = CommonOptions()
+    directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

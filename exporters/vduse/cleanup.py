@@ -11,10 +11,12 @@ leftovers of its name has ``python -m vduse_blk.exporters.vduse.cleanup NAME`` r
 from __future__ import annotations
 
 import errno
+import logging
 import sys
+from pathlib import Path
 
 from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.server import DeviceServer
+from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control
 from pyvduse.device import Device
@@ -23,8 +25,10 @@ from pyvduse.vdpa import Vdpa
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
-from vduse_blk.queue import DiskRules, NativeQueue, Queue
+from vduse_blk.queue import DiskRules, InflightLog, NativeQueue, Queue
 from vduse_blk.virtio import Feature, VirtioBlkDevice
+
+log = logging.getLogger("vduse_blk.disk")
 
 _BUSY = 4
 
@@ -47,19 +51,20 @@ def check_unused(name: str) -> None:
         raise DiskInUse(f"disk '{name}' (/dev/{disk}) is in use: {'; '.join(map(str, holders))}", holders)
 
 
-def remove_leftover(name: str, *, force: bool = False) -> bool:
-    """Remove the kernel objects of a disk whose server is dead; returns whether there were any.
+def remove_leftover(name: str, directory: Path | None = None, *, force: bool = False) -> bool:
+    """Remove the kernel objects of a disk whose server is dead; returns whether there were any. ``directory``: where that
+    server kept its in-flight log.
 
     Raises DiskInUse (exit 4) unless ``force``; UserError (exit 4) if a server still holds the device.
     """
     try:
-        return _remove_leftover(name, force)
+        return _remove_leftover(name, directory, force)
     except VduseError as error:
         code = 5 if error.errno in (errno.EPERM, errno.EACCES) else 1
         raise UserError(str(error), exit_code=code) from error
 
 
-def _remove_leftover(name: str, force: bool) -> bool:
+def _remove_leftover(name: str, directory: Path | None, force: bool) -> bool:
     if not kernel.exists(name):
         kernel.remove_link(name)
         return False
@@ -76,14 +81,33 @@ def _remove_leftover(name: str, force: bool) -> bool:
         raise
     with device:
         if kernel.vdpa_device(name).exists():
-            _delete(device)
+            inflight = _inflight(directory)
+            try:
+                _delete(device, inflight)
+            finally:
+                if inflight is not None:
+                    inflight.close()
     with Control.open() as control:
         control.destroy(name)
     kernel.remove_link(name)
     return True
 
 
-def _delete(device: Device) -> None:
+def _inflight(directory: Path | None) -> InflightLog | None:
+    """What the dead server had in flight. Without it requests are counted off where the used ring stands, which may miss one
+    that was overtaken; then the kernel waits for it for ever."""
+    if directory is None:
+        return None
+    try:
+        return InflightLog.open(directory / INFLIGHT_FILE)
+    except FileNotFoundError:
+        return None  # it died before it had any
+    except OSError as error:
+        log.error("the in-flight log cannot be trusted: %s", error)
+        return None
+
+
+def _delete(device: Device, inflight: InflightLog | None) -> None:
     nothing = BlockInfo(size=0)
     virtio = VirtioBlkDevice(
         nothing, num_queues=device.vq_count(), queue_size=256, transport=Feature.ACCESS_PLATFORM.mask
@@ -99,7 +123,7 @@ def _delete(device: Device) -> None:
     def failing_queue(index: int, failing: bool) -> Queue:
         return NativeQueue(index, rules, None)
 
-    server = DeviceServer(device, virtio, failing_queue, lambda sentence: None)
+    server = DeviceServer(device, virtio, failing_queue, lambda sentence: None, inflight)
     server.start(adopt=True)
     try:
         with Vdpa() as vdpa:
@@ -108,10 +132,10 @@ def _delete(device: Device) -> None:
         server.stop()
 
 
-def main(name: str) -> int:
+def main(name: str, directory: str | None = None) -> int:
     """Exit status as ``UserError.exit_code``; the reason is the last line on standard error."""
     try:
-        remove_leftover(name)
+        remove_leftover(name, Path(directory) if directory is not None else None)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -119,4 +143,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

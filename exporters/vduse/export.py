@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.server import DeviceServer
+from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
@@ -29,7 +29,7 @@ from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.stack import Stack
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
-from vduse_blk.queue import QueueFactory
+from vduse_blk.queue import InflightLog, QueueFactory
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
 log = logging.getLogger("vduse_blk.disk")
@@ -83,8 +83,16 @@ class VduseExporter(Exporter):
         try:
             await self._attach()
         except BaseException as error:
-            await self._undo.aclose()
-            if isinstance(error, VduseError):
+            # What went wrong first is what the user hears; whoever comes next finds what could not be undone.
+            try:
+                await self._delete()
+            except UserError:
+                log.exception("%s: undoing", self.name)
+            try:
+                await self._undo.aclose()
+            except OSError:
+                log.exception("%s: undoing", self.name)
+            if isinstance(error, OSError):
                 raise UserError(str(error), exit_code=5 if error.errno in (errno.EPERM, errno.EACCES) else 1) from error
             raise
         return Endpoint("block", f"/dev/{self._disk}")
@@ -95,8 +103,8 @@ class VduseExporter(Exporter):
         self._server.resize(self._virtio.resize(self.info))
 
     async def stop(self) -> None:
-        undo, self._undo = self._undo.pop_all(), AsyncExitStack()
-        await undo.aclose()
+        await self._delete()
+        await self._undo.aclose()
 
     def status(self) -> dict[str, Any]:
         assert self._server is not None
@@ -107,29 +115,32 @@ class VduseExporter(Exporter):
     async def _attach(self) -> None:
         await asyncio.to_thread(kernel.load_modules)
         if kernel.exists(self.name):
-            await kernel.remove_leftover(self.name)
+            await kernel.remove_leftover(self.name, self.options.directory)
         control = Control.open()
         self._undo.callback(control.close)
-        self._create(control)
-        device = Device.open(self.name)
-        self._undo.callback(self._after, device.close, "closed")
-        server = DeviceServer(device, self._virtio, self._factory.make, self.fail)
+        device = self._create(control)
+        inflight = None
+        if self.options.directory is not None:
+            inflight = InflightLog.create(
+                self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
+            )
+            self._undo.callback(inflight.close)
+        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, inflight)
         self._server = server
         server.start()
         self._undo.push_async_callback(asyncio.to_thread, server.stop)
         reached("served")
-        # From here on a driver may be on top, and goes first.
-        self._undo.push_async_callback(self._delete)
+        # From here on a driver may be on top: it goes before anything is undone, see _delete.
         await kernel.netlink("add", self.name)
         reached("added")
         await asyncio.to_thread(kernel.bind_virtio_vdpa, self.name)
-        self._disk = await asyncio.to_thread(self._wait_for_disk, server)
+        self._disk = await self._wait_for_disk(server)
         reached("found")
         self._undo.callback(kernel.remove_link, self.name)
         kernel.add_link(self.name, self._disk)
         reached("linked")
 
-    def _create(self, control: Control) -> None:
+    def _create(self, control: Control) -> Device:
         options = self.options
         try:
             control.create(
@@ -151,31 +162,42 @@ class VduseExporter(Exporter):
             raise
         self._undo.callback(self._destroy, control)
         reached("created")
-        with Device.open(self.name) as device:
-            for index in range(self.queue_count):
-                device.vq_setup(index, options.queue_size)
-            device.bounce_size = bounce_size(self.queue_count, options.queue_size)
-            device.msg_timeout = _MSG_TIMEOUT
+        # Open from now on: the node is exclusive, and nobody can take the device for a dead server's.
+        device = Device.open(self.name)
+        self._undo.callback(self._after, device.close, "closed")
+        for index in range(self.queue_count):
+            device.vq_setup(index, options.queue_size)
+        device.bounce_size = bounce_size(self.queue_count, options.queue_size)
+        device.msg_timeout = _MSG_TIMEOUT
         reached("configured")
+        return device
 
-    def _wait_for_disk(self, server: DeviceServer) -> str:
-        """Runs on a thread of its own. DEV_NEW said yes; only the disk itself proves it."""
+    async def _wait_for_disk(self, server: DeviceServer) -> str:
+        """DEV_NEW said yes; only the disk itself proves it."""
         deadline = time.monotonic() + self.options.timeout
         while True:
             disk = kernel.find_disk(self.name)
-            if disk is not None and kernel.is_usable(disk, self.stack.info.size):
+            # Opening waits for storage that this loop may have to serve.
+            if disk is not None and await asyncio.to_thread(kernel.is_usable, disk, self.stack.info.size):
                 return disk
             problem = server.refusal or server.broken
             if problem is None and time.monotonic() > deadline:
                 problem = kernel.why_no_disk(self.name) if disk is None else f"/dev/{disk} cannot be used"
             if problem is not None:
                 raise UserError(f"no disk appeared for '{self.name}': {problem}", exit_code=1)
-            time.sleep(0.02)
+            await asyncio.sleep(0.02)
 
     async def _delete(self) -> None:
+        """The driver lets go. Raises UserError with everything as it was: the disk is still served."""
+        if self._server is None:
+            return
         reached("detaching")
         if kernel.vdpa_device(self.name).exists():
-            await kernel.netlink("del", self.name)
+            try:
+                await kernel.netlink("del", self.name)
+            except UserError:
+                if kernel.vdpa_device(self.name).exists():
+                    raise
         reached("deleted")
 
     @staticmethod

@@ -61,9 +61,9 @@ async def netlink(verb: str, name: str) -> None:
     await _run_module("pyvduse.vdpa", verb, name)
 
 
-async def remove_leftover(name: str) -> None:
+async def remove_leftover(name: str, directory: Path | None) -> None:
     """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use, or served."""
-    await _run_module("vduse_blk.exporters.vduse.cleanup", name)
+    await _run_module("vduse_blk.exporters.vduse.cleanup", name, *([str(directory)] if directory is not None else []))
 
 
 async def _run_module(module: str, *words: str) -> None:
@@ -75,8 +75,16 @@ async def _run_module(module: str, *words: str) -> None:
         *words,
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # an interrupt from the terminal is for the server, which decides
     )
-    _, said = await child.communicate()
+    try:
+        _, said = await child.communicate()
+    except asyncio.CancelledError:
+        # Whoever undoes next must know what the kernel was asked. The kernel may hold the child until we have answered.
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+        raise
     status = child.returncode
     if status:
         lines = said.decode(errors="replace").strip().splitlines()
@@ -169,10 +177,6 @@ def add_link(name: str, disk: str) -> str:
 
 
 def remove_link(name: str) -> None:
-    """The stable name goes, and with the last one its directory."""
+    """The stable name goes. Its directory stays: another disk may be about to use it."""
     (LINKS / name).unlink(missing_ok=True)
     (LINKS / f".{name}.new").unlink(missing_ok=True)
-    try:
-        LINKS.rmdir()
-    except OSError:
-        pass  # others are attached

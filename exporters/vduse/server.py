@@ -10,7 +10,8 @@ Owner of: the device's descriptor, IovaMap, event descriptor and kick descriptor
 
 Rules kept here, each learnt from the kernel's drivers/vdpa/vdpa_user/vduse_dev.c and drivers/virtio/virtio_vdpa.c:
   * DRIVER_OK is never refused: the driver does not look at the answer and its partition scan would wait for ever. A queue
-    that cannot serve the storage is started without storage and fails every request instead.
+    that cannot serve the storage is started without storage and fails every request instead; one whose memory cannot
+    be had just now (no descriptors, no memory) is tried again every second.
   * FEATURES_OK is the one place to refuse.
   * A reset drops kick descriptors and frees the rings after our reply: queues stop and every mapping goes first.
   * Messages are redelivered with the same id to the next server, so starting twice must be harmless.
@@ -20,6 +21,7 @@ Rules kept here, each learnt from the kernel's drivers/vdpa/vdpa_user/vduse_dev.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -38,10 +40,14 @@ from pyvduse.messages import (
     decode_request,
     encode_response,
 )
-from vduse_blk.queue import IovaMap, Queue, QueueSetup, QueueState
+from vduse_blk.queue import InflightLog, IovaMap, Queue, QueueSetup, QueueState
 from vduse_blk.virtio import Feature, VirtioBlkDevice, feature_names
 
 log = logging.getLogger("vduse_blk.disk")
+
+INFLIGHT_FILE = "inflight"
+"""In the disk's directory: what a successor needs to know. Made by a server, read by whoever takes over or cleans up."""
+_RETRY_MS = 1000
 
 MakeQueue = Callable[[int, bool], Queue]
 """(index, failing) → a queue; ``failing``: one that answers every request with an error."""
@@ -49,7 +55,8 @@ MakeQueue = Callable[[int, bool], Queue]
 
 class DeviceServer:
     """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers, ``on_failure`` is called (from this thread)
-    with a sentence when the device or a queue is lost."""
+    with a sentence when the device or a queue is lost. ``inflight``: where queues note what they have in flight, and where
+    ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
 
     def __init__(
         self,
@@ -57,13 +64,17 @@ class DeviceServer:
         virtio: VirtioBlkDevice,
         make_queue: MakeQueue,
         on_failure: Callable[[str], None],
+        inflight: InflightLog | None = None,
     ) -> None:
         self._device = device
+        self._inflight = inflight
         self._virtio = virtio
         self._make_queue = make_queue
         self._on_failure = on_failure
         self._iova = IovaMap()
         self._queues: dict[int, Queue] = {}
+        self._setups: dict[int, QueueSetup] = {}
+        self._unserved: set[int] = set()
         self._kicks: dict[int, int] = {}
         self._reported: set[tuple[int, str]] = set()
         self._past_counters: dict[int, dict[str, int]] = {}
@@ -107,16 +118,12 @@ class DeviceServer:
 
     def counters(self) -> dict[int, dict[str, int]]:
         """Per queue, since the device exists: queues come and go with every reset, their counts stay."""
-        result = {index: dict(past) for index, past in self._past_counters.items()}
+        result = {index: dict(past) for index, past in list(self._past_counters.items())}
         for index, queue in list(self._queues.items()):
             total = result.setdefault(index, {})
             for key, value in queue.counters().items():
                 total[key] = total.get(key, 0) + value
         return result
-
-    def ready_queues(self) -> list[int]:
-        """Indices of the queues the driver uses."""
-        return sorted(self._queues)
 
     # --------------------------------------------------------------------------------------------- this thread
 
@@ -128,7 +135,9 @@ class DeviceServer:
         if self._adopt:
             self._adopt_queues()
         while True:
-            for fd, events in poll.poll():
+            if self._unserved:
+                self._start_queues()
+            for fd, events in poll.poll(_RETRY_MS if self._unserved else None):
                 try:
                     if fd == self._stop_fd:
                         self._reset()
@@ -167,8 +176,8 @@ class DeviceServer:
                     ok = False
         except Exception:
             log.exception("%s: bug while handling %s", self._device.name, request)
-            # Only a refused FEATURES_OK leaves the driver in a state it can handle; see the module's rules.
-            ok = not (isinstance(request, SetStatus) and not int(request.status) & Status.DRIVER_OK)
+            # What was not done is not confirmed; only DRIVER_OK is never refused, see the module's rules.
+            ok = isinstance(request, SetStatus) and bool(int(request.status) & Status.DRIVER_OK)
         self._device.write_response(encode_response(request.request_id, ok, vq_state=vq_state))
         if isinstance(request, SetStatus) and int(request.status) & Status.DRIVER_OK:
             self._interrupt_all()
@@ -187,55 +196,77 @@ class DeviceServer:
                 return False
             self.negotiated = driver_features
         if status & Status.DRIVER_OK and not self._queues:
-            self._start_queues(resume=False)
+            self._find_queues(resume=False)
+            self._start_queues()
         self._status = status
         return True
 
     # --- queues ---
 
-    def _start_queues(self, *, resume: bool) -> None:
+    def _find_queues(self, *, resume: bool) -> None:
+        """Which queues the driver uses, and how."""
         self.negotiated = self._device.features()
         for index in range(self._virtio.num_queues):
             info = self._device.vq_info(index)
             if not info.ready:
                 continue
-            kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._kicks[index] = kick_fd
-            num = info.num
-            for start, length in (
-                (info.desc_addr, 16 * num),
-                (info.driver_addr, 6 + 2 * num),
-                (info.device_addr, 6 + 8 * num),
-            ):
-                self._resolve(start, start + length - 1)
-            setup = QueueSetup(
+            self._unserved.add(index)
+            self._setups[index] = QueueSetup(
                 index=index,
-                num=num,
+                num=info.num,
                 desc=info.desc_addr,
                 avail=info.driver_addr,
                 used=info.device_addr,
                 last_avail=None if resume else info.avail_index,
-                kick_fd=kick_fd,
+                kick_fd=-1,
                 notify_fd=self._device.fd,
                 notify_vduse=True,
                 event_fd=self._event_fd,
                 event_idx=bool(self.negotiated & Feature.EVENT_IDX.mask),
                 indirect=bool(self.negotiated & Feature.INDIRECT_DESC.mask),
                 seg_max=self._virtio.limits.seg_max,
+                inflight=self._inflight.address(index, info.num) if self._inflight is not None else 0,
             )
-            self._queues[index] = self._start_queue(setup)
-            # Kicks that came before this are latched by the kernel and delivered now.
-            self._device.set_kickfd(index, kick_fd)
 
-    def _start_queue(self, setup: QueueSetup) -> Queue:
-        queue = self._make_queue(setup.index, False)
+    def _start_queues(self) -> None:
+        """Serve the queues that nobody serves yet."""
+        for index in sorted(self._unserved):
+            try:
+                self._start_queue(index)
+            except (OSError, VduseError) as error:
+                self._report(index, f"queue {index} cannot be served yet: {error}")
+            else:
+                self._unserved.discard(index)
+
+    def _start_queue(self, index: int) -> None:
+        setup = self._setups[index]
+        num = setup.num
+        for start, length in ((setup.desc, 16 * num), (setup.avail, 6 + 2 * num), (setup.used, 6 + 8 * num)):
+            self._resolve(start, start + length - 1)
+        if index not in self._kicks:
+            self._kicks[index] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        setup = dataclasses.replace(setup, kick_fd=self._kicks[index])
+        queue = self._make_queue(index, False)
         try:
             queue.start(setup, self._iova)
-        except OSError as error:
-            self._fail(f"queue {setup.index} cannot serve the storage ({error}); its requests fail")
-            queue = self._make_queue(setup.index, True)
+        except Exception as error:
+            self._fail(f"queue {index} cannot serve the storage ({error}); its requests fail")
+            queue = self._make_queue(index, True)
             queue.start(setup, self._iova)
-        return queue
+        self._queues[index] = queue
+        # Kicks that came before this are latched by the kernel and delivered now.
+        try:
+            self._device.set_kickfd(index, self._kicks[index])
+        except VduseError:
+            self._setups[index] = dataclasses.replace(setup, last_avail=self._stop_queue(index))
+            raise
+
+    def _serve_without_storage(self, index: int) -> None:
+        """A queue that may not touch the storage's data any more: its requests fail, and users and `detach` go on."""
+        setup = dataclasses.replace(self._setups[index], last_avail=self._stop_queue(index), kick_fd=self._kicks[index])
+        queue = self._make_queue(index, True)
+        queue.start(setup, self._iova)
+        self._queues[index] = queue
 
     def _stop_queue(self, index: int) -> int:
         """Returns the next avail index."""
@@ -252,26 +283,33 @@ class DeviceServer:
         return int(self._device.vq_info(index).avail_index)
 
     def _reset(self) -> None:
-        for index in list(self._queues):
-            self._stop_queue(index)
-        for index, fd in self._kicks.items():
-            try:
-                self._device.set_kickfd(index, None)
-            except VduseError as error:
-                log.debug("%s: %s", self._device.name, error)  # a broken device refuses everything
-            os.close(fd)
-        self._kicks.clear()
-        self._iova.remove()
+        self._unserved.clear()
+        self._setups.clear()
+        try:
+            for index in list(self._queues):
+                self._stop_queue(index)
+            for index, fd in self._kicks.items():
+                try:
+                    self._device.set_kickfd(index, None)
+                except VduseError as error:
+                    log.debug("%s: %s", self._device.name, error)  # a broken device refuses everything
+                os.close(fd)
+        finally:
+            # Whatever happened: the next driver's rings are elsewhere.
+            self._kicks.clear()
+            self._iova.remove()
         self.negotiated = 0
         self._reported.clear()
 
     def _adopt_queues(self) -> None:
         try:
-            if self._device.features() and not self._queues:
-                self._start_queues(resume=True)
+            if self._device.features():
+                self._find_queues(resume=True)
+                self._start_queues()
                 self._interrupt_all()
-        except VduseError as error:
-            self._fail(str(error))
+        except Exception as error:
+            log.exception("%s: bug while taking over", self._device.name)
+            self._fail(f"the queues of a dead server cannot be taken over: {error}")
 
     def _interrupt_all(self) -> None:
         """Used entries may have been published before the device could interrupt: one more interrupt costs nothing."""
@@ -318,7 +356,10 @@ class DeviceServer:
                     self._report(index, f"queue {index}: memory cannot be mapped: {error}")
                 queue.answer_miss()
             if view.state is QueueState.BROKEN:
-                self._report(index, f"queue {index} stopped: {view.fault}")
+                because = f" ({os.strerror(view.error)})" if view.error else ""
+                self._report(index, f"queue {index} stopped: {view.fault}{because}")
+                if view.memory_lost:
+                    self._serve_without_storage(index)
             elif view.error and view.error != errno.EINVAL:
                 self._report(index, f"queue {index}: interrupts fail: {os.strerror(view.error)}")
 

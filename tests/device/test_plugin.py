@@ -12,6 +12,7 @@ import pytest
 from disks import BY_NAME, MIB, SIZE, Disk
 
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.errors import UserError
 from vduse_blk.testing.driver import DISCARD, FLUSH, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES, FakeDriver
 
 
@@ -162,6 +163,7 @@ def test_errors_become_statuses(gated: tuple[Disk, Gated]) -> None:
         (OSError("no number at all"), IOERR),
         (ValueError("a bug"), IOERR),
         (KeyError("another"), IOERR),
+        (UserError("a sentence for nobody"), IOERR),
     ):
         backend.behaviour = fail(error)
         assert driver.write(0, bytes(512)) == status
@@ -189,6 +191,24 @@ def test_a_cancelled_request_is_answered(gated: tuple[Disk, Gated]) -> None:
     assert {r.status for r in requests} == {IOERR}
     backend.behaviour = lambda _operation: None
     assert disk.driver.flush() == OK
+
+
+def test_a_bug_of_ours_is_answered(
+    gated: tuple[Disk, Gated], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the stack lets through costs an error, not a worker, and stop returns; it is logged once."""
+    disk, _backend = gated
+
+    async def broken() -> None:
+        raise RuntimeError("a bug in the stack")
+
+    monkeypatch.setattr(disk.stack, "flush", broken)
+    for _ in range(70):  # more than there are workers
+        request = disk.driver.request(FLUSH)
+        disk.driver.run(request)
+        assert request.status == IOERR
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert disk.queue.stop() == 70
 
 
 def test_views_end_with_their_request(gated: tuple[Disk, Gated]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, leftovers, servers, wait_until
+from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, info, leftovers, servers, wait_until
 from vduse_blk.exporter import KILL_ENV
 
 TOP = Path(__file__).resolve().parents[2]
@@ -100,3 +100,20 @@ def test_killed_in_the_middle_of_io(tmp_path: Path) -> None:
         assert cli("detach", "k", "--force").returncode == 0
         assert writer.wait(30) != 0
     assert_nothing_left()
+
+
+def test_killed_with_many_requests_in_flight(tmp_path: Path) -> None:
+    """Requests overtake each other, the server dies: none is answered twice, none is forgotten, the disk can be removed."""
+    disk = image(tmp_path / "disk.img", 64 * MIB)
+    for _ in range(3):
+        device = cli("attach", disk, "--name", "k").stdout.strip()
+        (pid,) = servers()
+        words = ["fio", "--name=t", f"--filename={device}", "--rw=randrw", "--bsrange=512-64k", "--direct=1"]
+        words += ["--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=60"]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as load:
+            wait_until(lambda: info("k")["counters"]["write_ops"] > 200, "requests are served")
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not servers(), "the server is dead")
+            assert cli("detach", "k", "--force").returncode == 0
+            assert load.wait(30) != 0
+        assert_nothing_left()

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from vduse_blk.backends import file as file_module
 from vduse_blk.backends.file import FileBackend
 from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.backends.null import NullBackend
@@ -32,6 +33,12 @@ from vduse_blk.testing.backend import CHECKS, check_backend, run_check
 
 MIB = 1 << 20
 _T = TypeVar("_T")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of who waits set this back."""
+    monkeypatch.setattr(file_module, "_PATIENCE", 0.0)
 
 
 def image(path: Path, size: int = 2 * MIB) -> Path:
@@ -67,6 +74,12 @@ def refusal(backend: Backend, **options: Any) -> UserError:
     with pytest.raises(UserError) as caught:
         with_stack(backend, nothing, **options)
     assert len(os.listdir("/proc/self/fd")) == len(before)
+    return caught.value
+
+
+def refusal_of_loser(backend: FileBackend) -> UserError:
+    with pytest.raises(UserError) as caught:
+        asyncio.run(backend.open())
     return caught.value
 
 
@@ -293,6 +306,57 @@ class TestFileOpen:
 
         asyncio.run(abandon())
         assert path.read_text() == "somebody else's"
+
+    def test_the_loser_of_a_race_leaves_the_winners_file(self, tmp_path: Path) -> None:
+        """Both create it: one makes the file, the other locks it first and has it; the maker is refused and removes
+        nothing."""
+        path = tmp_path / "new.img"
+        winner = file(path, size=MIB)
+
+        class Overtaken(FileBackend):
+            def _lock(self, deadline: float) -> None:
+                asyncio.run(winner.open())
+                super()._lock(deadline)
+
+        error = refusal_of_loser(Overtaken(FileBackend.Options(path=str(path), size=MIB)))
+        target = winner.native_target()
+        assert "is in use: locked by process" in str(error)
+        assert os.path.samestat(path.stat(), os.fstat(target.fd))
+        assert path.stat().st_size == MIB
+        asyncio.run(winner.close())
+
+    def test_a_file_that_another_has_used_is_no_longer_the_makers(self, tmp_path: Path) -> None:
+        """Between the making and the lock of one, another disk came and went: its data stays whatever fails then."""
+        path = tmp_path / "new.img"
+
+        class Overtaken(FileBackend):
+            def _lock(self, deadline: float) -> None:
+                path.write_bytes(b"x" * MIB)
+                super()._lock(deadline)
+
+        refusal_of_loser(Overtaken(FileBackend.Options(path=str(path), size=2 * MIB)))
+        assert path.read_bytes() == b"x" * MIB
+
+    def test_a_file_removed_while_its_lock_was_waited_for_is_not_served(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk that created it failed and removed it: the one that waited makes its own."""
+        monkeypatch.setattr(file_module, "_PATIENCE", 10.0)
+        path = tmp_path / "new.img"
+
+        async def run() -> None:
+            first, second = Stack(file(path, size=MIB)), file(path, size=MIB)
+            await first.open()
+            opening = asyncio.ensure_future(second.open())
+            await asyncio.sleep(0.1)
+            assert not opening.done()
+            await first.abandon()
+            await opening
+            assert os.path.samestat(path.stat(), os.fstat(second.native_target().fd))
+            await second.abandon()
+
+        asyncio.run(run())
+        assert not path.exists()
 
     def test_the_size_of_an_existing_file_must_be_the_one_given(self, tmp_path: Path) -> None:
         path = image(tmp_path / "disk.img", MIB)
@@ -603,6 +667,44 @@ class TestLocks:
                 assert error.exit_code == 4
                 assert f"is in use: locked by process {pid} (python" in str(error)
         with_stack(file(path), Stack.flush)
+
+    @pytest.mark.parametrize("read_only", [False, True])
+    def test_a_lock_that_ends_late_is_waited_for(
+        self, read_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`detach X && attach X`: the kernel lets go of a file some time after the process that had it has ended. The
+        event loop goes on meanwhile."""
+        monkeypatch.setattr(file_module, "_PATIENCE", 10.0)
+        path = image(tmp_path / "disk.img")
+
+        async def run() -> None:
+            first, second = Stack(file(path)), Stack(file(path, read_only=read_only))
+            await first.open()
+            opening = asyncio.ensure_future(second.open())
+            await asyncio.sleep(0.1)
+            assert not opening.done()
+            await first.close()
+            await opening
+            await second.close()
+
+        asyncio.run(run())
+
+    def test_a_device_that_is_let_go_late_is_waited_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same for the exclusive open of a block device."""
+        monkeypatch.setattr(file_module, "_PATIENCE", 10.0)
+
+        async def run(device: str) -> None:
+            first, second = Stack(file(device)), Stack(file(device))
+            await first.open()
+            opening = asyncio.ensure_future(second.open())
+            await asyncio.sleep(0.1)
+            assert not opening.done()
+            await first.close()
+            await opening
+            await second.close()
+
+        with loop_device(image(tmp_path / "disk.img")) as device:
+            asyncio.run(run(device))
 
     def test_readers_share_and_keep_writers_away(self, tmp_path: Path) -> None:
         path = image(tmp_path / "disk.img")

@@ -260,6 +260,38 @@ class TestBugs:
         assert [record.exc_info is not None and record.exc_info[0] for record in caplog.records] == [ValueError, KeyError]
         assert "read failed in a way it must not" in caplog.text
 
+    def test_only_a_user_is_told_a_users_error(self, caplog: pytest.LogCaptureFixture) -> None:
+        """resize and refresh have somebody who reads its sentence; to a guest it is an I/O error as any bug."""
+
+        async def refuse(*_: object, **__: object) -> None:
+            raise UserError("the quota is used up")
+
+        async def work(stack: Stack) -> None:
+            data = [memoryview(bytearray(512))]
+            await fails(stack.read(0, data), errno.EIO)
+            await fails(stack.write(0, data), errno.EIO)
+            await fails(stack.flush(), errno.EIO)
+            await fails(stack.discard(0, 512), errno.EIO)
+            await fails(stack.write_zeroes(0, 512, unmap=False), errno.EIO)
+            for asked in (stack.resize(8192), stack.refresh()):
+                with pytest.raises(UserError, match="quota"):
+                    await asked
+            assert stack.counters.errors == 5
+
+        backend = Strict(memory(4096), volatile_cache=True, discard=Support.NATIVE, write_zeroes=Support.NATIVE)
+        opened = backend.open
+
+        async def open_and_then_refuse() -> BlockInfo:
+            info = await opened()
+            for name in ("read", "write", "flush", "discard", "write_zeroes", "resize", "refresh"):
+                setattr(backend, name, refuse)
+            return info
+
+        backend.open = open_and_then_refuse  # type: ignore[method-assign]
+        with caplog.at_level(logging.ERROR):
+            with_stack(backend, work)
+        assert "read failed in a way it must not" in caplog.text
+
     def test_a_cancellation_passes_through(self) -> None:
         """It is no bug and no I/O error."""
 

@@ -181,7 +181,7 @@ def test_a_thousand_processes_are_looked_at_in_no_time(host: Host) -> None:
         host.process(pid, "many", namespace=pid, fds=("/dev/null",) * 20)
     begun = time.process_time()
     assert host.holders(253, 0) == []
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < 20  # a quadratic search takes minutes
 
 
 # ----------------------------------------------------------------------------------------------- on this very host
@@ -190,6 +190,11 @@ def test_a_thousand_processes_are_looked_at_in_no_time(host: Host) -> None:
 def number_of(device: str) -> tuple[int, int]:
     rdev = os.stat(device).st_rdev
     return os.major(rdev), os.minor(rdev)
+
+
+def users_of(device: str) -> list[Holder]:
+    """But udev, which looks at every device that changes, for an instant."""
+    return [holder for holder in holders_of(*number_of(device)) if "udev" not in holder.detail]
 
 
 def image(path: Path, size: int) -> Path:
@@ -239,7 +244,7 @@ class TestHere:
             os.truncate(tmp_path / "disk.img", 512 << 20)
             run("losetup", "-c", loop)
         with mounted(loop, file_system, tmp_path / "a mount") as where:
-            assert holders_of(*number_of(loop)) == [Holder("mount", where)]
+            assert users_of(loop) == [Holder("mount", where)]
         assert [holder for holder in holders_of(*number_of(loop)) if holder.kind != "open"] == []
 
     def test_a_mount_in_a_namespace_of_its_own(self, loop: str, tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ class TestHere:
         try:
             if process.stdout.readline() != b"ok\n":
                 pytest.skip("cannot make mount namespaces here")
-            assert holders_of(*number_of(loop)) == [Holder("mount", str(tmp_path / "mnt"), process.pid)]
+            assert users_of(loop) == [Holder("mount", str(tmp_path / "mnt"), process.pid)]
         finally:
             process.stdin.close()
             process.wait(10)

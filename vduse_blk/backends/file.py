@@ -19,6 +19,7 @@ import mmap
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -46,6 +47,11 @@ _BLKIOOPT: Final = 0x1279
 _BLKPBSZGET: Final = 0x127B
 
 _BOUNCE: Final = 1 << 20
+
+_PATIENCE: Final = 1.0
+"""Seconds to wait for storage in use. A server that has ended lets go of it up to 50 ms later: its io_uring is taken down
+by the kernel afterwards, and holds the file until then."""
+_STEP: Final = 0.02
 
 _BUSY: Final = 4  # exit codes
 _DENIED: Final = 5
@@ -145,8 +151,7 @@ class FileBackend(Backend):
         return await self.refresh()
 
     def native_target(self) -> FileTarget:
-        # Direct I/O leaves nothing in the page cache that could be forgotten.
-        return FileTarget(self._fd, self._is_block_device, None if self.options.direct else self._lost)
+        return FileTarget(self._fd, self._is_block_device, self._lost)
 
     # --------------------------------------------------------------------------- opening, on a thread of its own
 
@@ -155,11 +160,17 @@ class FileBackend(Backend):
         flags = os.O_CLOEXEC | os.O_NOCTTY | (os.O_RDONLY if options.read_only else os.O_RDWR)
         if options.sync:
             flags |= os.O_DSYNC
-        try:
-            self._open_descriptor(flags)
-        except OSError as error:
-            raise self._refusal(error) from error
-        self._lock()
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            self._open_patiently(flags, deadline)
+            self._lock(deadline)
+            if self._is_at_its_path():
+                break
+            # Who had it before us removed it, or it was replaced: what was locked is nobody's storage.
+            os.close(self._fd)
+            self._fd = -1
+            if time.monotonic() >= deadline:
+                raise UserError(f"path: {self} is replaced again and again; stop whatever does it", _BUSY)
         if not self._is_block_device:
             self._check_loops()
         if options.direct:
@@ -167,7 +178,18 @@ class FileBackend(Backend):
         self._check_size()
         return self._describe()
 
+    def _open_patiently(self, flags: int, deadline: float) -> None:
+        while True:
+            try:
+                self._open_descriptor(flags)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                    raise self._refusal(error) from error
+            time.sleep(_STEP)
+
     def _open_descriptor(self, flags: int) -> None:
+        self._created = None
         path, size = self.options.path, self.options.size
         try:
             mode = os.stat(path).st_mode
@@ -213,16 +235,25 @@ class FileBackend(Backend):
     def _in_use(self, holders: Sequence[object]) -> UserError:
         return UserError(f"path: {self} is in use: {'; '.join(map(str, holders))}", _BUSY)
 
-    def _lock(self) -> None:
+    def _lock(self, deadline: float) -> None:
+        while not self._try_to_lock():
+            if time.monotonic() >= deadline:
+                self._created = None  # whoever has the lock uses it
+                raise self._in_use(locks_on(self._fd) or [Holder("lock", "")])
+            time.sleep(_STEP)
+        if self._created is not None and self._size() > 0:
+            self._created = None  # somebody was faster, has used it, and left it
+
+    def _try_to_lock(self) -> bool:
         try:
-            if self.options.read_only:
-                for start, length in _READER_LOCKS:
-                    fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, start, length))
-                answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, *_READER_TESTS))
-                is_free = _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK
-            else:
+            if not self.options.read_only:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, *_EVERYTHING))
-                is_free = True
+                return True
+            for start, length in _READER_LOCKS:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, start, length))
+            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, *_READER_TESTS))
+            if _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK:
+                return True
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise UserError(
@@ -230,9 +261,15 @@ class FileBackend(Backend):
                     "use a file system that has locks",
                     6,
                 ) from error
-            is_free = False
-        if not is_free:
-            raise self._in_use(locks_on(self._fd) or [Holder("lock", "")])
+        # In nobody's way while we wait.
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, *_EVERYTHING))
+        return False
+
+    def _is_at_its_path(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.options.path), os.fstat(self._fd))
+        except OSError:
+            return False
 
     def _check_loops(self) -> None:
         """Loop devices take no locks."""
@@ -259,10 +296,9 @@ class FileBackend(Backend):
             return
         size = self._size()
         if size == 0 and not self._is_block_device and not self.options.read_only:
-            # New, or left by somebody who was killed right here.
+            # New, or left by somebody who was killed right here, perhaps before its name was durable.
             self._grow(wanted)
-            if self._created is not None:
-                self._persist_name()
+            self._persist_name()
         elif size != wanted:
             raise UserError(
                 f"size: {self} exists and has {size} bytes, not {wanted}; leave it out, and resize the disk afterwards"
@@ -377,9 +413,9 @@ class FileBackend(Backend):
             try:
                 os.fdatasync(self._fd)
             except OSError:
-                if not self.options.direct:
-                    # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed.
-                    self._lost[0] = 1
+                # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed. With
+                # direct I/O there are such pages, too: of metadata, and where a file system falls back to the page cache.
+                self._lost[0] = 1
                 raise
         if self._lost[0]:  # perhaps meanwhile: of two at once the kernel tells only one
             raise OSError(errno.EIO, f"{self}: another flush failed and lost data")

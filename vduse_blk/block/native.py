@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class FileTarget:
     """Bytes of the disk are bytes of ``fd``. The descriptor stays the backend's and is valid until it is closed.
 
-    ``lost``: 4 bytes, zero until a flush fails, by whichever thread or language; from then on every flush fails. None: a
-    flush that failed may be tried again.
+    ``lost``: 4 bytes, zero until a flush fails, by whichever thread or language; from then on every flush fails. None, only
+    where a flush that failed loses nothing: it may be tried again.
     """
 
     fd: int

@@ -28,6 +28,9 @@ _ZEROS_AT_ONCE: Final = 1 << 20
 
 _MAX_SERIAL: Final = 20  # VIRTIO_BLK_ID_BYTES
 
+_ASKED_BY_A_USER: Final = frozenset({"open", "resize", "refresh"})
+"""Operations whose caller expects UserError; a guest's request knows only OSError."""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -291,12 +294,15 @@ class Stack:
         return _cut(offset, limit, segments)
 
     async def _guard(self, operation: str, work: Awaitable[_T]) -> _T:
-        """Let OSError and UserError pass; anything else is a bug of the backend and costs one request."""
+        """Let OSError pass, and UserError where a user waits for an answer; anything else is a bug of the backend and
+        costs one request."""
         try:
             return await work
-        except (OSError, UserError):
+        except OSError:
             raise
         except Exception as error:
+            if isinstance(error, UserError) and operation in _ASKED_BY_A_USER:
+                raise
             kind = (operation, type(error))
             if kind not in self._bugs:
                 self._bugs.add(kind)

@@ -106,9 +106,9 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
     """Make a disk whose storage is SOURCE, and serve it in the foreground: for units and containers.
 
-    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT remove
-    the disk and end the server, unless the disk is in use. SOURCE and options are those of attach; --json
-    concerns only a failure to start.
+    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM, SIGINT and SIGHUP
+    (unless ignored) remove the disk and end the server, unless the disk is in use. SOURCE and options are those
+    of attach; --json concerns only a failure to start.
     """
     spec = specification(source, name, **options)
     claimed, _ = launch.claim_directory(spec.name, unique=name is None)

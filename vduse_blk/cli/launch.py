@@ -22,11 +22,12 @@ from typing import Any, Final, NoReturn
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
-from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
+from vduse_blk.control import ControlError, DiskPaths, Exit, Served, WorkerSpec
 
 ROLLBACK_SECONDS: Final = 60
-"""How long a server that was asked to give up may take. The kernel's own limit for one message is 30
-seconds."""
+"""How long a server that was asked to give up may take before it is killed. Undoing takes a second or two; one that
+waits longer waits for the kernel, which may mean minutes (the limit for one VDUSE message), and cleaning up after it is
+quicker."""
 LOG_LINES: Final = 20
 
 _KERNEL_PLACES: Final = ("/sys/class/vduse", "/sys/bus/vdpa/devices")
@@ -61,7 +62,9 @@ def specification_file(spec: WorkerSpec) -> int:
 def remove_leftover(name: str, *, force: bool) -> None:
     """Remove what a dead server of this disk left in the kernel. Raises ``ControlError`` (exit 4: in use)."""
     try:
-        import_module("vduse_blk.exporters.vduse.cleanup").remove_leftover(name, force=force)
+        import_module("vduse_blk.exporters.vduse.cleanup").remove_leftover(
+            name, control.DiskPaths.of(name).directory, force=force
+        )
     except UserError as e:
         holders = [dataclasses.asdict(holder) for holder in getattr(e, "holders", ())]
         raise ControlError(str(e), e.exit_code, holders) from e
@@ -123,7 +126,8 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
         name, made = claim_directory(spec.name, unique=unique)
         directory = control.open_directory(name)
         try:
-            return {"name": name} | _Attempt(dataclasses.replace(spec, name=name), signals, made).outcome(timeout)
+            wanted = dataclasses.replace(spec, name=name, timeout=timeout)
+            return {"name": name} | _Attempt(wanted, signals, made).outcome(timeout)
         except LeftBehind:
             raise
         except BaseException:
@@ -255,16 +259,28 @@ class _Attempt:
         raise ControlError(f"{sentence}; nothing is left of it", code)
 
     def _clean_up(self, sentence: str, code: int) -> None:
-        """Remove what the dead server left in the kernel. Raises ``LeftBehind`` if that fails."""
+        """Remove what the dead server left in the kernel. Raises ``LeftBehind`` if that fails.
+
+        Another attach of that name may have been faster: its server has the lock, or had it and left its state. What
+        is there then is not ours to remove.
+        """
+        try:
+            lock = control.lock_directory(self._name)
+        except Served:
+            return
         try:
             if not self._made:
                 raise ControlError("it was there before, with a dead server", Exit.BUSY)
-            remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
+            if control.read_state(self._name).get("pid", self._process.pid) == self._process.pid:
+                remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
+                control.remove_directory(self._name, locked_fd=lock)
         except ControlError as e:
             raise LeftBehind(
                 f"{sentence}, and what is left was not removed ({e}); `vduse-blk detach {self._name}` will",
                 code,
             ) from e
+        finally:
+            os.close(lock)
 
     def _wait(self, seconds: float, *, detach: bool = False) -> int | None:
         """Exit status of the server (negative: the signal that ended it), or None if it still runs after

@@ -67,7 +67,8 @@ enum vring_fault {
     VRING_FAULT_INDIRECT,     /* an indirect table that is nested, chained, empty, ragged or not negotiated */
     VRING_FAULT_INDIRECT_MAP, /* an indirect table in memory that is not mapped */
     VRING_FAULT_RING_MAP,     /* the ring itself is not mapped, misaligned or in pieces */
-    VRING_FAULT_MEMORY        /* touching mapped memory raised SIGBUS */
+    VRING_FAULT_MEMORY,       /* touching mapped memory raised SIGBUS */
+    VRING_FAULT_ENGINE        /* io_uring refused to go on; the view's error says why */
 };
 
 struct vring_seg {
@@ -142,13 +143,16 @@ struct vb_target {
     uint8_t *lost;            /* FILE: shared by all queues of the disk; not 0 once a flush has failed. NULL = may be retried */
 };
 
+/* Bytes of the in-flight log of a queue of `num` entries. */
+size_t inflight_size(uint16_t num);
+
 struct vb_queue_config {
     uint32_t index;
     uint32_t num; /* ring entries, a power of two */
     uint64_t desc_iova;
     uint64_t avail_iova;
     uint64_t used_iova;
-    uint32_t last_avail; /* where to start popping; VB_RESUME: where the used ring stands */
+    uint32_t last_avail; /* where to start popping; VB_RESUME: where a dead server stopped, see `inflight` */
     uint8_t event_idx;   /* VIRTIO_F_EVENT_IDX negotiated */
     uint8_t indirect;    /* VIRTIO_F_INDIRECT_DESC negotiated */
     uint16_t seg_max;    /* data segments per request the device promised to accept */
@@ -157,6 +161,12 @@ struct vb_queue_config {
     uint32_t notify_kind;
     int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
     uint32_t batch;   /* requests per publish, 0 = default */
+    /*
+     * In-flight log, inflight_size(num) bytes, aligned to 8, that outlive the queue; NULL: none is kept. With VB_RESUME what it
+     * marks is done again, oldest first. Without a log, or with one that is not of this ring, VB_RESUME begins where the
+     * used ring stands, which is right only if requests were answered in the order they came.
+     */
+    void *inflight;
 };
 
 enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };
@@ -188,6 +198,7 @@ struct vb_view {
     uint64_t miss_last;
     int32_t error; /* errno of an engine failure, 0 = none */
     uint32_t last_avail; /* next avail entry to pop, as of the last publish; exact once the queue has stopped */
+    uint32_t replayed;   /* heads taken over from the in-flight log */
 };
 
 /* NULL with *error = errno. `rules` and every published table must outlive the queue. */

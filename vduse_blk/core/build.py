@@ -13,6 +13,7 @@ SOURCES = (
     "iova.c",
     "vring_split.c",
     "vblk.c",
+    "inflight.c",
     "queue.c",
     "mapping.c",
     "uring.c",

@@ -75,6 +75,9 @@ void vring_rebind(struct vring *ring, void *desc, void *avail, void *used);
  */
 enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
                                 struct vring_seg *unmapped);
+/* The chain of a head that was popped before: results as of vring_pop, but EMPTY; nothing is consumed. */
+enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
+                                     struct vring_chain *chain, struct vring_seg *unmapped);
 /* Give back the entry just popped (its memory is not mapped yet): the next pop returns it again. */
 void vring_unpop(struct vring *ring);
 void vring_push(struct vring *ring, uint16_t head, uint32_t length);
@@ -88,6 +91,33 @@ void vring_disable_kick(struct vring *ring);
 /* Entries the driver has made available and we have not popped, at most num. */
 uint16_t vring_pending(struct vring *ring);
 
+/* ---- in-flight log: layout of vhost-user's inflight region of a split virtqueue ---- */
+
+struct inflight_entry {
+    uint8_t inflight; /* popped, and its answer is not published */
+    uint8_t padding[5];
+    uint16_t next;    /* the head chained before this one */
+    uint64_t counter; /* order of the pops */
+};
+struct inflight {
+    uint64_t features;
+    uint16_t version;  /* 0: never used */
+    uint16_t desc_num;
+    uint16_t last_batch_head;
+    uint16_t used_idx; /* used.idx up to which flags are cleared */
+    struct inflight_entry entries[];
+};
+_Static_assert(sizeof(struct inflight) == 16 && sizeof(struct inflight_entry) == 16, "vhost-user inflight region");
+
+void inflight_reset(struct inflight *log, uint16_t num, uint16_t used_idx);
+/* Whether the log was kept for a ring of this size. */
+bool inflight_is_of(const struct inflight *log, uint16_t num);
+void inflight_mark(struct inflight *log, uint16_t head, uint64_t counter);
+void inflight_chain(struct inflight *log, uint16_t head);
+void inflight_published(struct inflight *log, uint16_t num, uint16_t used_idx);
+/* Bring a dead server's log up to date with used.idx; fills `heads` (room for num) with what is marked, oldest first. */
+uint16_t inflight_recover(struct inflight *log, uint16_t num, uint16_t used_idx, uint16_t *heads);
+
 /* ---- requests ---- */
 
 struct vblk_req {
@@ -96,7 +126,6 @@ struct vblk_req {
     bool busy;  /* popped and not yet pushed */
     bool fua;   /* WRITE, WRITE_ZEROES: durable when answered */
     uint8_t status;
-    uint8_t unaligned_tail;
     uint16_t iov_count;
     uint32_t used_length; /* what the used ring will say when the status byte is reachable */
     uint32_t range_count;
@@ -145,6 +174,12 @@ struct vb_queue {
     struct vring_seg missed;  /* queue: what the last miss asked for */
     bool missed_valid;
     int wake_fd;
+    /* queue: the in-flight log, or NULL; heads to do again, [replay_next, replay_count) of num */
+    struct inflight *log;
+    uint64_t log_counter;
+    uint16_t *replay;
+    uint16_t replay_next;
+    uint16_t replay_count;
     /* read by control */
     _Atomic uint32_t state;
     _Atomic uint32_t fault;
@@ -154,6 +189,7 @@ struct vb_queue {
     _Atomic uint64_t miss_last;
     _Atomic int32_t error;
     _Atomic uint32_t last_avail;
+    _Atomic uint32_t replayed;
     _Atomic bool stopping;
     struct vb_engine *engine;
 };
@@ -174,7 +210,7 @@ void queue_post_event(struct vb_queue *queue);
 
 /* ---- targets: each starts a request; those that finish at once return their result, others report later ---- */
 
-enum { TARGET_PENDING = 1 };
+enum { TARGET_PENDING = 1, TARGET_FULL = 2 };
 
 struct uring;
 struct target_file {
@@ -193,7 +229,10 @@ void target_file_open(struct target_file *file, const struct vb_target *target);
 
 /* Serve one request by plain system calls. 0 or -errno. */
 int target_file_sync(struct target_file *file, struct vblk_req *req);
-/* Prepare the next step of a request. 1 = an SQE was filled, 0 = the request is complete, -errno = it failed. */
+/*
+ * Prepare the next step of a request. TARGET_PENDING = an SQE was filled, TARGET_FULL = there is none, submit and call
+ * again, 0 = the request is complete, -errno = it failed.
+ */
 int target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
 /* Take in the result of the step: 1 = prepare the next (which may find that there is none), -errno = failed. */
 int target_file_advance(struct target_file *file, struct vblk_req *req, int result);

@@ -127,7 +127,7 @@ static void arm_poll(struct vb_engine *engine, int fd, uint64_t tag)
 static void start_step(struct vb_engine *engine, struct vblk_req *req)
 {
     int result = target_file_prepare(&engine->file, req, &engine->ring);
-    while (result == -EBUSY) { /* the submission queue is full: hand it over and go on */
+    while (result == TARGET_FULL) { /* the submission queue: hand it over and go on */
         (void)uring_enter(&engine->ring, 0);
         COUNT(engine->queue->counters.submits, 1);
         result = target_file_prepare(&engine->file, req, &engine->ring);
@@ -207,7 +207,7 @@ static void serve_uring(struct vb_engine *engine)
         COUNT(queue->counters.submits, 1);
         if (error != 0 && error != -EINTR && error != -EBUSY && error != -EAGAIN && error != -ETIME) {
             atomic_store(&queue->error, -error);
-            queue_break(queue, VRING_FAULT_RING_MAP);
+            queue_break(queue, VRING_FAULT_ENGINE);
             (void)usleep(1000); /* what flies may still come back; do not burn the CPU over it */
         }
         reap(engine);
@@ -282,10 +282,12 @@ static void *run(void *argument)
     sem_post(&engine->started);
     if (!serve)
         return NULL;
-    if (engine->by_uring)
+    if (engine->by_uring) {
         serve_uring(engine);
-    else
+        uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
+    } else {
         serve_sync(engine);
+    }
     return NULL;
 }
 

@@ -58,7 +58,7 @@ static void *arena(size_t bytes)
 static bool config_is_sane(const struct vb_queue_config *config, const struct vblk_rules *rules)
 {
     return config->num >= 2 && config->num <= VRING_NUM_MAX && (config->num & (config->num - 1)) == 0 &&
-           config->seg_max >= 1 && config->seg_max <= VRING_CHAIN_MAX - 2 && config->last_avail <= VB_RESUME &&
+           (uintptr_t)config->inflight % 8 == 0 && config->seg_max >= 1 && config->seg_max <= VRING_CHAIN_MAX - 2 && config->last_avail <= VB_RESUME &&
            rules->max_ranges >= 1 && rules->max_ranges <= VBLK_RANGES_MAX && rules->block_size >= VBLK_SECTOR &&
            rules->block_size % VBLK_SECTOR == 0;
 }
@@ -72,6 +72,27 @@ static void *ring_area(const struct iova_table *table, uint64_t iova, uint64_t l
     return (uintptr_t)piece.base % align == 0 ? piece.base : NULL;
 }
 
+/* The ring's state is known for the first time: begin where config says, or where a dead server stopped. */
+static void begin(struct vb_queue *queue, void *desc, void *avail, void *used)
+{
+    const struct vb_queue_config *config = &queue->config;
+    uint16_t num = (uint16_t)config->num;
+    bool resume = config->last_avail == VB_RESUME;
+    const struct vring_used *ring_used = used;
+    uint16_t used_idx = GUEST_LOAD(&ring_used->idx);
+    uint16_t first = resume ? used_idx : (uint16_t)config->last_avail;
+    if (queue->log != NULL && resume && inflight_is_of(queue->log, num)) {
+        queue->replay_count = inflight_recover(queue->log, num, used_idx, queue->replay);
+        first = (uint16_t)(first + queue->replay_count);
+        for (uint16_t i = 0; i < queue->replay_count; i++) /* marks made from now on are younger */
+            inflight_mark(queue->log, queue->replay[i], queue->log_counter++);
+        atomic_store(&queue->replayed, queue->replay_count);
+    } else if (queue->log != NULL) {
+        inflight_reset(queue->log, num, used_idx);
+    }
+    vring_init(&queue->ring, num, desc, avail, used, config->event_idx, config->indirect, first);
+}
+
 static bool bind_ring(struct vb_queue *queue)
 {
     const struct vb_queue_config *config = &queue->config;
@@ -82,10 +103,8 @@ static bool bind_ring(struct vb_queue *queue)
     void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
     if (!desc || !avail || !used)
         return false;
-    const struct vring_used *ring_used = used;
-    uint16_t first = config->last_avail == VB_RESUME ? GUEST_LOAD(&ring_used->idx) : (uint16_t)config->last_avail;
     if (queue->ring.num == 0)
-        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
+        begin(queue, desc, avail, used);
     else
         vring_rebind(&queue->ring, desc, avail, used);
     return true;
@@ -111,10 +130,12 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     atomic_init(&queue->state, VB_IDLE);
     queue->faults_seen = mapping_faults();
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    queue->log = config->inflight;
+    queue->replay = arena(config->num * sizeof(*queue->replay));
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
     queue->iov_arena = arena((size_t)config->num * queue->iov_room * sizeof(struct vb_iov));
     queue->range_arena = arena((size_t)config->num * VBLK_RANGES_MAX * sizeof(struct vblk_range));
-    if (queue->wake_fd < 0 || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
+    if (queue->wake_fd < 0 || !queue->replay || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
         vb_queue_free(queue);
         return NULL;
     }
@@ -132,6 +153,8 @@ void vb_queue_free(struct vb_queue *queue)
     if (queue == NULL)
         return;
     size_t num = queue->config.num;
+    if (queue->replay)
+        munmap(queue->replay, num * sizeof(*queue->replay));
     if (queue->reqs)
         munmap(queue->reqs, num * sizeof(*queue->reqs));
     if (queue->iov_arena)
@@ -158,6 +181,7 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
     view->miss_last = atomic_load(&queue->miss_last);
     view->error = atomic_load(&queue->error);
     view->last_avail = atomic_load(&queue->last_avail);
+    view->replayed = atomic_load(&queue->replayed);
 }
 
 void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table)
@@ -233,7 +257,10 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
             return NULL;
         atomic_store(&queue->missing, MISS_NONE);
     }
-    enum vring_pop_result popped = vring_pop(&queue->ring, queue->table, &queue->chain, &unmapped);
+    bool again = queue->replay_next < queue->replay_count;
+    enum vring_pop_result popped =
+        again ? vring_chain_of(&queue->ring, queue->table, queue->replay[queue->replay_next], &queue->chain, &unmapped)
+              : vring_pop(&queue->ring, queue->table, &queue->chain, &unmapped);
     if (popped == VRING_EMPTY)
         return NULL;
     if (popped == VRING_UNMAPPED && ask(queue, &unmapped))
@@ -255,7 +282,8 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
     enum vblk_verdict verdict = vblk_parse(queue->rules, &queue->chain, queue->table, req, &unmapped);
     if (verdict == VBLK_UNMAPPED) {
         if (ask(queue, &unmapped)) {
-            vring_unpop(&queue->ring);
+            if (!again)
+                vring_unpop(&queue->ring);
             return NULL;
         }
         req->op = VBLK_OTHER;
@@ -263,6 +291,10 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
         verdict = VBLK_ANSWERED;
     }
     queue->missed_valid = false;
+    if (again)
+        queue->replay_next++;
+    else if (queue->log != NULL)
+        inflight_mark(queue->log, req->head, queue->log_counter++);
     req->busy = true;
     queue->inflight++;
     GUEST_STORE(&queue->counters.inflight, (uint64_t)queue->inflight);
@@ -276,8 +308,10 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status status)
 {
     struct vb_counters *counters = &queue->counters;
-    if (mapping_faults() != queue->faults_seen)
+    if (mapping_faults() != queue->faults_seen) {
         status = VBLK_S_IOERR; /* some of the data may have gone to, or come from, a stand-in page */
+        queue_break(queue, VRING_FAULT_MEMORY);
+    }
     if (vblk_malformed(req))
         COUNT(counters->malformed, 1);
     COUNT(counters->ops[req->op], 1);
@@ -292,6 +326,8 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
     queue->inflight--;
     GUEST_STORE(&counters->inflight, (uint64_t)queue->inflight);
     vring_push(&queue->ring, req->head, length);
+    if (queue->log != NULL)
+        inflight_chain(queue->log, req->head);
 }
 
 static void notify(struct vb_queue *queue)
@@ -318,6 +354,8 @@ void queue_publish(struct vb_queue *queue)
     atomic_store_explicit(&queue->last_avail, queue->ring.last_avail, memory_order_relaxed);
     if (vring_publish(&queue->ring) == 0)
         return;
+    if (queue->log != NULL)
+        inflight_published(queue->log, queue->ring.num, queue->ring.published);
     COUNT(queue->counters.publishes, 1);
     if (vring_must_notify(&queue->ring))
         notify(queue);

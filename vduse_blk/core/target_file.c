@@ -338,7 +338,7 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
         return more;
     struct io_uring_sqe *sqe = uring_sqe(ring);
     if (sqe == NULL)
-        return -EBUSY; /* the ring has a slot per request: cannot happen, and must not pass silently */
+        return TARGET_FULL;
     sqe->fd = 0; /* index of the registered file */
     sqe->flags = IOSQE_FIXED_FILE;
     switch (step.call) {

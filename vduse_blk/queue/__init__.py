@@ -2,6 +2,7 @@
 
 from vduse_blk.queue.base import DiskRules, Queue, QueueSetup, QueueState, QueueView
 from vduse_blk.queue.factory import QueueFactory
+from vduse_blk.queue.inflight import InflightLog
 from vduse_blk.queue.iova import FdRange, IovaMap, Region
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
@@ -9,6 +10,7 @@ from vduse_blk.queue.plugin import PluginQueue
 __all__ = [
     "DiskRules",
     "FdRange",
+    "InflightLog",
     "IovaMap",
     "NativeQueue",
     "PluginQueue",

@@ -25,6 +25,7 @@ _FAULTS = {
     lib.VRING_FAULT_INDIRECT_MAP: "an indirect descriptor table in unmapped memory",
     lib.VRING_FAULT_RING_MAP: "the ring's memory is not mapped, or misaligned",
     lib.VRING_FAULT_MEMORY: "mapped memory vanished (SIGBUS)",
+    lib.VRING_FAULT_ENGINE: "io_uring refused to go on",
 }
 
 
@@ -43,7 +44,8 @@ class QueueSetup:
 
     ``notify_vduse``: ``notify_fd`` is a VDUSE device (inject an interrupt), otherwise an eventfd.
     ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
-    ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
+    ``last_avail``: the avail entry to begin with; None: where a dead server stopped, see ``inflight``.
+    ``inflight``: address of the queue's in-flight log (``InflightLog.address``), 0 for none. It outlives the queue.
     """
 
     index: int
@@ -59,18 +61,22 @@ class QueueSetup:
     indirect: bool
     seg_max: int
     last_avail: int | None = 0
-    batch: int = 0
+    inflight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """A queue's condition at one moment. ``missing`` is the IOVA range (start, last) it waits for."""
+    """A queue's condition at one moment. ``missing`` is the IOVA range (start, last) it waits for; ``replayed`` is how many
+    requests of a dead server it took over."""
 
     state: QueueState
     fault: str | None
     missing: tuple[int, int] | None
     table_generation: int
     error: int
+    replayed: int = 0
+    memory_lost: bool = False
+    """It stopped because mapped memory vanished: the ring itself is sound."""
 
 
 class DiskRules:
@@ -151,7 +157,7 @@ class CoreQueue:
         config.seg_max = setup.seg_max
         config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
         config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
-        config.batch = setup.batch
+        config.inflight = ffi.cast("void *", setup.inflight)
         error = ffi.new("int *")
         created = lib.vb_queue_new(config, self._rules.c, iova.table, error)
         if not created:
@@ -190,6 +196,8 @@ class CoreQueue:
             missing=(view.miss_start, view.miss_last) if view.missing else None,
             table_generation=view.table_generation,
             error=view.error,
+            replayed=view.replayed,
+            memory_lost=view.fault == lib.VRING_FAULT_MEMORY,
         )
 
     def counters(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import select
 import struct
 from collections import deque
@@ -24,6 +25,8 @@ from vduse_blk.block.stack import Stack
 from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.base import CoreQueue, DiskRules, QueueSetup
 from vduse_blk.queue.iova import IovaMap
+
+log = logging.getLogger("vduse_blk.disk")
 
 _WORKERS = 64  # requests of one queue in Python at a time; the rest waits in the ring
 _ITEM = struct.Struct("<HBBIQQQQQ")
@@ -56,6 +59,7 @@ class PluginQueue(CoreQueue):
         self._idle: deque[asyncio.Future[_Item]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
         self._answering = False
+        self._has_complained = False
         self._polling = False
         self._popping = False
         self._drained: asyncio.Event = asyncio.Event()
@@ -156,6 +160,12 @@ class PluginQueue(CoreQueue):
             except OSError as error:
                 status = status_of(error)
             except asyncio.CancelledError:
+                status = Status.IOERR
+            except Exception:
+                # Our own bug, for the stack lets only OSError through: without an answer stop would wait for ever.
+                if not self._has_complained:
+                    self._has_complained = True
+                    log.exception("bug in queue %d: a request failed in a way it must not (said once)", self.index)
                 status = Status.IOERR
             self._done.append((item.head, _STATUS[status]))
             if not self._answering:

@@ -56,7 +56,8 @@ class Request:
 
 
 class FakeDriver:
-    """A queue of ``num`` entries whose ring and data live in ``memory`` bytes at IOVA ``base``."""
+    """A queue of ``num`` entries whose ring and data live in ``memory`` bytes at IOVA ``base``: of ``memory_fd``, or
+    of nobody else."""
 
     def __init__(
         self,
@@ -66,13 +67,14 @@ class FakeDriver:
         indirect: bool = True,
         memory: int | mmap.mmap = 16 << 20,
         base: int = 0x10000000,
+        memory_fd: int = -1,
     ) -> None:
         """``memory``: how many bytes, or the mapping to use, which this object closes."""
         self.num = num
         self.event_idx = event_idx
         self.indirect = indirect
         self.base = base
-        self.memory = mmap.mmap(-1, memory) if isinstance(memory, int) else memory
+        self.memory = mmap.mmap(memory_fd, memory) if isinstance(memory, int) else memory
         self._view = ffi.from_buffer(self.memory)
         self._halfwords = memoryview(self.memory).cast("H")
         self.host = int(ffi.cast("uintptr_t", self._view))
@@ -155,6 +157,15 @@ class FakeDriver:
         self._halfwords[(iova - self.base) // 2] = value & 0xFFFF
 
     # ---- ring ----
+
+    def reset_ring(self) -> None:
+        """As after a reset of the device: an empty ring, nothing in flight."""
+        self.put(self.desc, bytes(self._heap_start - self.desc))
+        self._free = list(range(self.num - 1, -1, -1))
+        self._chains.clear()
+        self._requests.clear()
+        self._avail_idx = self._used_seen = self._kicked_at = 0
+        self.reset_heap()
 
     @property
     def free(self) -> int:

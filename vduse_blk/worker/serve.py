@@ -34,6 +34,8 @@ log = logging.getLogger("vduse_blk.disk")
 
 _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
+_MARGIN = 10.0
+"""Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,19 @@ class Worker:
         self._ready = ready
         self._phase = "starting"
         self._started_at = time.time()
+        self._began = time.monotonic()
         self._stack: Stack | None = None
         self._exports: list[_Export] = []
         self._changing = asyncio.Lock()  # one resize or detach at a time
         self._finished = asyncio.Event()
+        self._undone = asyncio.Event()  # a start that failed
+        self._loss: Exception | None = None
         self._start: asyncio.Task[None] | None = None
         self._given_up: str | None = None
 
     async def run(self) -> None:
-        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left)."""
+        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left), or if the disk
+        is gone and its storage could not be closed."""
         wanted = parse_exports(self._spec.exports)
         lock = control.lock_directory(self._spec.name)
         try:
@@ -74,11 +80,15 @@ class Worker:
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
                 loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, self._on_signal, number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    # Under nohup a terminal that is closed leaves the disk alone.
+                    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                        loop.add_signal_handler(number, self._on_signal, number)
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start(wanted)
                 await self._finished.wait()
+                if self._loss is not None:
+                    raise ControlError(str(self._loss), Exit.FAILED) from self._loss
         finally:
             if not self._is_left():
                 control.remove_directory(self._spec.name, locked_fd=lock)
@@ -92,10 +102,16 @@ class Worker:
             await self._start
         except BaseException as error:
             # An export undoes what its own start did; from then on it is ours to undo.
-            if self._exports:
-                await self._stop_exports()
-            if not self._is_left():
-                await self._close_storage(abandon=True)
+            try:
+                if self._exports:
+                    await self._stop_exports()
+                if not self._is_left():
+                    await self._close_storage(abandon=True)
+            except Exception:
+                # What went wrong first is what the user hears.
+                log.exception("undoing the start of disk '%s' failed", self._spec.name)
+            finally:
+                self._undone.set()
             if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
                 raise UserError(f"the start was given up: {self._given_up}", exit_code=Exit.FAILED) from None
             raise
@@ -104,6 +120,8 @@ class Worker:
 
     async def _bring_up(self, wanted: list[ExportSpec]) -> None:
         spec = self._spec
+        if self._given_up is not None:
+            raise asyncio.CancelledError
         stack = open_source(
             spec.source,
             dict(spec.options),
@@ -125,6 +143,8 @@ class Worker:
                     path=spec.path,
                     read_only=export.read_only,
                     own=export.own,
+                    directory=control.DiskPaths.of(spec.name).directory,
+                    **self._patience(),
                 ),
             )
             endpoint = await exporter.start()
@@ -143,11 +163,20 @@ class Worker:
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {places}")
 
+    def _patience(self) -> dict[str, float]:
+        """How long the export may wait, so that its own explanation comes before whoever started us gives up."""
+        if self._spec.timeout is None:
+            return {}
+        spent = time.monotonic() - self._began
+        return {"timeout": max(0.0, self._spec.timeout - min(_MARGIN, self._spec.timeout / 4) - spent)}
+
     def _give_up(self, reason: str) -> None:
-        if self._start is not None and self._given_up is None:
+        """Before or during the start."""
+        if self._given_up is None:
             log.warning("giving up: %s", reason)
             self._given_up = reason
-            self._start.cancel()
+            if self._start is not None:
+                self._start.cancel()
 
     def _on_failed(self, failed: asyncio.Future[str]) -> None:
         if failed.cancelled():
@@ -169,18 +198,28 @@ class Worker:
     async def _detach_on_signal(self, name: str) -> None:
         try:
             await self._detach(force=False, signalled=True)
-        except UserError as error:
-            log.error("%s: still serving: %s", name, error)
-        except Exception:
-            log.exception("%s: detach failed, still serving", name)
+        except Exception as error:
+            if self._finished.is_set():
+                return  # the disk is gone, and run() says what went wrong
+            if isinstance(error, UserError):
+                log.error("%s: still serving: %s", name, error)
+            else:
+                log.exception("%s: detach failed, still serving", name)
 
     async def _detach(self, *, force: bool, signalled: bool = False) -> None:
-        """``signalled``: whoever manages this process wants it to end; a front-end waits for the next server."""
+        """Returns when the disk is gone. Raises what kept it from going, and then it is served as before: a later call
+        tries again. Raises, too, if it went and the storage could not be closed; then the server ends all the same.
+
+        ``signalled``: whoever manages this process wants it to end; a front-end waits for the next server.
+        """
         async with self._changing:
             if self._finished.is_set():
                 return
-            if not self._exports:
+            if self._start is not None or not self._exports:
                 self._give_up("detach")
+                await self._undone.wait()
+                if self._is_left():
+                    raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claims: list[int] = []
             try:
@@ -190,23 +229,36 @@ class Worker:
                             claims += await self._claim(export.endpoint.path)
                         elif not signalled:
                             self._check_unused(export)
-                await self._tear_down()
+                await self._stop_exports()
             finally:
                 for claim in claims:
                     os.close(claim)
-            self._finished.set()
-
-    async def _tear_down(self) -> None:
-        await self._stop_exports()
-        await self._close_storage()
+            try:
+                await self._close_storage()
+            except Exception as error:
+                log.exception("the storage of disk '%s' could not be closed", self._spec.name)
+                self._loss = ControlError(
+                    f"disk '{self._spec.name}' is removed, but its storage could not be closed: {error}", Exit.FAILED
+                )
+                raise self._loss from error
+            finally:
+                self._finished.set()
 
     async def _stop_exports(self) -> None:
+        before = self._phase
         self._phase = "detaching"
         self._write_state()
-        notify_systemd("STOPPING=1")
-        while self._exports:
-            await self._exports[-1].exporter.stop()
-            self._exports.pop()
+        notify_systemd("STATUS=detaching")
+        try:
+            while self._exports:
+                await self._exports[-1].exporter.stop()
+                self._exports.pop()
+        except BaseException:
+            self._phase = "broken" if any(export.exporter.failed.done() for export in self._exports) else before
+            self._write_state()
+            notify_systemd(f"STATUS={self._phase}: detach failed")
+            raise
+        notify_systemd("STOPPING=1")  # not before: it cannot be taken back
 
     async def _close_storage(self, *, abandon: bool = False) -> None:
         """``abandon``: and remove a file that was created for the disk, which nobody ever had."""

@@ -1,0 +1,190 @@
+"""``make compare``: our native path against qemu-storage-daemon's vduse-blk export, in one boot of the virtual machine.
+
+Builds the load generator, runs bench/guest.py where VDUSE is, turns its figures into a report (bench/report.py), prints it
+and keeps it in bench/results/compare.json and .md. Ends with ``compare: ok`` and 0, ``compare: short N`` and 1 when N rows
+do not get what they demand, or ``compare: failed`` and 3 when there is nothing to report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.report import Report, Row, best_peer
+from vduse_blk import __version__
+
+TOP = Path(__file__).resolve().parent.parent
+BUILD = TOP / "build/bench"
+RESULTS = TOP / "bench/results"
+LEAST = 1.0
+"""Ratio to the peer's best configuration that every throughput row demands."""
+IDLE_MOST = 1.0
+"""CPU milliseconds of ten idle seconds: less than one wake-up of the interpreter costs on an emulated machine."""
+LIMIT_SHARE = 0.8
+"""A figure above this share of what is possible without storage says more about the limit than about the servers."""
+UNITS = {"iops": "IOPS", "mib_s": "MiB/s"}
+CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wvla", "-Werror")
+
+
+def build_blkgen(target: Path) -> None:
+    """The load generator, over the core's own io_uring calls."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    core = TOP / "vduse_blk/core"
+    subprocess.run(["gcc", *CFLAGS, f"-I{core}", TOP / "bench/blkgen.c", core / "uring.c", "-o", target], check=True)
+
+
+class HostCpu:
+    """How much of the host's CPU time goes to others than a process and its descendants, between two looks."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._tick = os.sysconf("SC_CLK_TCK")
+        self.busy, self.total, self.own = self._look()
+
+    def foreign_percent(self) -> float:
+        busy, total, own = self._look()
+        return max(0.0, 100 * ((busy - self.busy) - (own - self.own)) / max(1, total - self.total))
+
+    def _look(self) -> tuple[int, int, int]:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, sum(ticks), sum(self._own())
+
+    def _own(self) -> Iterator[int]:
+        processes: dict[int, tuple[int, int]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                words = path.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it has ended
+            processes[int(path.parent.name)] = int(words[1]), int(words[11]) + int(words[12])
+        for pid, (_, ticks) in processes.items():
+            ancestor = pid
+            while ancestor in processes and ancestor != self._pid:
+                ancestor = processes[ancestor][0]
+            if ancestor == self._pid:
+                yield ticks
+
+
+def run_guest(result: Path, words: Sequence[str]) -> tuple[int, dict[str, str]]:
+    """Run the guest's part, show its output while it comes. Its exit status, and facts that only the host knows."""
+    facts: dict[str, str] = {}
+    result.unlink(missing_ok=True)
+    command = [str(TOP / "tools/vm"), ".venv/bin/python", "-m", "bench.guest", str(result), *words]
+    cpu = None
+    with subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("compare: "):
+                cpu = cpu or HostCpu(process.pid)
+                foreign = cpu.foreign_percent()
+            elif line.startswith("vm: "):
+                facts["virtual machine"] = line.removeprefix("vm: ").strip()
+    if cpu is not None and os.environ.get("HOST") != "1":
+        facts["disturbance"] = f"other programs used {foreign:.0f} % of the host's CPU time meanwhile"
+    return process.returncode, facts
+
+
+def values(runs: Sequence[Mapping[str, Any]], server: str, case: str, key: str) -> list[float]:
+    """One figure of one server and case, by round."""
+    return [float(run[key]) for run in runs if run["server"] == server and run["case"] == case]
+
+
+def limits(ceiling: Mapping[str, Any], ours: Sequence[float], peer: Sequence[float]) -> Iterator[str]:
+    """What the faster of the two comes close to."""
+    fastest = max(statistics.median(ours), statistics.median(peer))
+    if fastest > LIMIT_SHARE * statistics.median(ceiling["client"]):
+        yield "the client is the limit"
+    elif fastest > LIMIT_SHARE * statistics.median(ceiling["kernel"]):
+        yield "virtio and VDUSE in the kernel are the limit"
+
+
+def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
+    """All rows of the report: what is demanded first."""
+    details: list[Row] = []
+    for place in found["places"]:
+        name, runs = place["place"], place["runs"]
+        peers = [server for server in place["servers"] if server != "ours"]
+        for case in dict.fromkeys(run["case"] for run in runs):
+            ceiling = found["ceilings"][case]
+            unit = ceiling["unit"]
+            ours = values(runs, "ours", case, unit)
+            best, peer = best_peer({server: values(runs, server, case, unit) for server in peers})
+            way = place["servers"][best]["way"]
+            title = f"{name} {case}"
+            notes = (f"peer: {way}", *limits(ceiling, ours, peer))
+            yield Row(title, UNITS[unit], ours, peer, least=LEAST, notes=notes)
+            for key, what, detail_unit in (
+                ("server_cpu_us_per_io", "CPU of the server per I/O", "us"),
+                ("p99_us", "99 % of I/Os within", "us"),
+            ):
+                mine, theirs = (values(runs, server, case, key) for server in ("ours", best))
+                details.append(Row(f"{title}: {what}", detail_unit, mine, theirs, less_is_better=True))
+        for key, what in (("resident_kib", "resident memory"), ("unshared_kib", "of it unshared")):
+            memory = {server: place["servers"][server][key] / 1024 for server in place["servers"]}
+            least = min(memory[server] for server in peers)
+            details.append(Row(f"{name}: {what}", "MiB", [memory["ours"]], [least], less_is_better=True))
+        idle = place["idle_ms"]
+        least = min(idle[server] for server in peers)
+        yield Row(f"{name}: CPU of 10 idle seconds", "ms", [idle["ours"]], [least], less_is_better=True, most=IDLE_MOST)
+    yield from details
+    for case, ceiling in found["ceilings"].items():
+        unit = UNITS[ceiling["unit"]]
+        yield Row(f"no storage, {case}: the client alone", unit, ceiling["client"])
+        yield Row(f"no storage, {case}: with virtio and VDUSE", unit, ceiling["kernel"])
+
+
+def report_of(found: Mapping[str, Any], facts: Mapping[str, str]) -> Report:
+    """The report of what the guest measured."""
+    commands = {}
+    for place in found["places"]:
+        name = place["place"]
+        for server, what in place["servers"].items():
+            way = "ours" if server == "ours" else what["way"]
+            commands[f"{name}, {way}"] = " ".join(what["command"])
+    return Report(
+        name="compare",
+        machine=found["machine"],
+        kernel=found["kernel"],
+        versions={"vduse-blk": __version__, "qemu-storage-daemon": found["qsd"]},
+        rows=list(rows_of(found)),
+        facts={**facts, **commands},
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/compare", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each server in each case (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.6, help="length of a turn (%(default)s)")
+    parser.add_argument("--place", help="only images there: tmpfs, ext4")
+    parser.add_argument("--case", help="only these cases: a name or a pattern, 'randread*'")
+    arguments = parser.parse_args()
+    words = ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
+    for option in ("place", "case"):
+        if getattr(arguments, option) is not None:
+            words += [f"--{option}", getattr(arguments, option)]
+    part = arguments.place is not None or arguments.case is not None
+
+    build_blkgen(BUILD / "blkgen")
+    measured = BUILD / "measured.json"
+    status, facts = run_guest(measured, words)
+    if not measured.exists():
+        print("compare: failed")
+        return 3
+    report = report_of(json.loads(measured.read_text()), facts)
+    # What was measured in part does not replace what was measured whole.
+    report.write(BUILD if part else RESULTS)
+    print(report.text() if status == 0 else f"{report.text()}\ncompare: failed: see the kernel's log above")
+    return report.exit_status if status == 0 else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

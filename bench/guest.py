@@ -1,0 +1,265 @@
+"""The part of ``make compare`` that runs as root on the kernel with VDUSE: measure, and leave the figures in a file.
+
+All servers of a place stay attached on images of the same kind and take turns: in every round each case is run on each of
+them, one right after the other, in an order that turns with the round. Rounds are short and many, so that whatever else the
+machine does meanwhile slows all of them alike.
+
+    python -m bench.guest RESULT --rounds N --seconds S [--place tmpfs|ext4] [--case PATTERN]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.report import MIN_ROUNDS
+from bench.servers import QSD, Server, ours, qsd, run
+
+TOP = Path(__file__).resolve().parent.parent
+IMAGE_BYTES = 256 << 20
+WARM_SECONDS = 1.0
+IDLE_SECONDS = 10.0
+SETTLE_SECONDS = 12.0
+"""The peer's worker threads end 10 seconds after their last request."""
+COUNTERS = ("wakeups", "submits", "publishes", "notifies")
+"""What our server counts per I/O besides I/O: returns from sleep, io_uring_enter, updates of the ring, interrupts."""
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of load. ``unit`` is the figure it is judged by, a key of what blkgen prints."""
+
+    name: str
+    direction: str
+    pattern: str
+    block: int
+    depth: int
+    unit: str
+
+    def run(self, blkgen: Path, device: str, seconds: float) -> dict[str, float]:
+        words = (self.direction, self.pattern, self.block, self.depth, seconds)
+        result: dict[str, float] = json.loads(run(blkgen, device, *words))
+        return result
+
+
+CASES = (
+    Case("randread 4k QD1", "read", "random", 4096, 1, "iops"),
+    Case("randwrite 4k QD1", "write", "random", 4096, 1, "iops"),
+    Case("randread 4k QD32", "read", "random", 4096, 32, "iops"),
+    Case("randwrite 4k QD32", "write", "random", 4096, 32, "iops"),
+    Case("read 1M QD8", "read", "sequential", _MIB, 8, "mib_s"),
+    Case("write 1M QD8", "write", "sequential", _MIB, 8, "mib_s"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where images lie, our source options there, and every way of the peer's that may be its best there."""
+
+    name: str
+    description: str
+    options: str
+    ways: tuple[str, ...]
+
+
+PLACES = (
+    Place(
+        "tmpfs",
+        "a file in memory",
+        "",
+        (
+            "aio=io_uring,cache.direct=on",
+            "aio=native,cache.direct=on",
+            "aio=threads,cache.direct=on",
+            "aio=threads",
+            "aio=io_uring",
+        ),
+    ),
+    Place(
+        "ext4",
+        "a file on ext4 on a null_blk device with memory behind it, past the page cache",
+        "?direct=1",
+        ("aio=io_uring,cache.direct=on", "aio=native,cache.direct=on", "aio=threads,cache.direct=on"),
+    ),
+)
+
+
+def say(sentence: str) -> None:
+    print(f"compare: {sentence}", flush=True)
+
+
+@contextlib.contextmanager
+def folder_of(place: Place) -> Iterator[Path]:
+    """An empty directory of that kind."""
+    with tempfile.TemporaryDirectory(prefix="compare-") as name:
+        folder = Path(name)
+        if place.name == "tmpfs":
+            assert run("stat", "-f", "-c", "%T", folder).strip() == "tmpfs", f"{folder} is not in memory"
+            yield folder
+            return
+        with _memory_disk((1 + len(place.ways)) * (IMAGE_BYTES >> 20) + 128) as device:
+            run("mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=0,nodiscard", device)
+            run("mount", device, folder)
+            try:
+                yield folder
+            finally:
+                run("umount", folder)
+
+
+@contextlib.contextmanager
+def _memory_disk(mebibytes: int) -> Iterator[str]:
+    """A null_blk device that keeps what is written. Its requests complete in an interrupt, as a real disk's do."""
+    settings = Path("/sys/kernel/config/nullb/compare")
+    if not settings.parent.exists():
+        run("modprobe", "null_blk")
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    settings.mkdir()
+    try:
+        for key, value in {"size": mebibytes, "memory_backed": 1, "power": 1}.items():
+            (settings / key).write_text(str(value))
+        index = (settings / "index").read_text().strip()
+        names = [name for name in ("compare", f"nullb{index}") if Path("/dev", name).exists()]
+        yield f"/dev/{names[0]}"
+    finally:
+        settings.rmdir()
+
+
+def write_image(path: Path) -> Path:
+    """Every block allocated and written once."""
+    piece = os.urandom(_MIB)
+    with path.open("wb") as image:
+        for _ in range(IMAGE_BYTES // _MIB):
+            image.write(piece)
+        os.fsync(image.fileno())
+    return path
+
+
+def measure(case: Case, blkgen: Path, server: Server, seconds: float) -> dict[str, Any]:
+    """One run of a case on a server's disk, with what it cost the server."""
+    counted, cpu = server.counters(), server.cpu_ns()
+    result = case.run(blkgen, server.device, seconds)
+    cpu = server.cpu_ns() - cpu
+    events = {key: value - counted[key] for key, value in server.counters().items() if key in COUNTERS}
+    return {
+        **result,
+        "server_cpu_us_per_io": cpu / 1000 / result["ios"],
+        "per_io": {key: round(value / result["ios"], 4) for key, value in events.items()},
+    }
+
+
+def idle(servers: Sequence[Server]) -> dict[str, float]:
+    """CPU milliseconds each server uses while nobody uses its disk, once it has come to rest."""
+    time.sleep(SETTLE_SECONDS)
+    before = [server.cpu_ns() for server in servers]
+    time.sleep(IDLE_SECONDS)
+    return {server.name: (server.cpu_ns() - then) / 1e6 for server, then in zip(servers, before, strict=True)}
+
+
+def described(server: Server) -> dict[str, Any]:
+    resident, unshared = server.memory_kib()
+    return {"way": server.way, "command": list(server.command), "resident_kib": resident, "unshared_kib": unshared}
+
+
+def compare_at(place: Place, cases: Sequence[Case], blkgen: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """All cases at one place, round by round."""
+    say(f"{place.name}: {place.description}")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(folder_of(place))
+        images = [write_image(folder / f"{number}.img") for number in range(1 + len(place.ways))]
+        servers = [stack.enter_context(ours("ours", f"file:{images[0]}{place.options}"))]
+        for number, (way, image) in enumerate(zip(place.ways, images[1:], strict=True), 1):
+            servers.append(stack.enter_context(qsd(f"peer{number}", image, way)))
+        for server in servers:
+            say(f"{server.name} is {server.device}: {' '.join(server.command)}")
+            for direction in ("write", "read"):
+                Case("", direction, "random", 4096, 32, "").run(blkgen, server.device, WARM_SECONDS)
+        runs: list[dict[str, Any]] = []
+        for number in range(rounds):
+            for case in cases:
+                turn = [servers[(number + step) % len(servers)] for step in range(len(servers))]
+                done = {server.name: measure(case, blkgen, server, seconds) for server in turn}
+                runs += [{"case": case.name, "round": number, "server": name, **result} for name, result in done.items()]
+                figures = ", ".join(f"{server.name} {done[server.name][case.unit]:.0f}" for server in servers)
+                say(f"{place.name}, round {number + 1} of {rounds}, {case.name}: {figures}")
+        return {
+            "place": place.name,
+            "description": place.description,
+            "servers": {server.name: described(server) for server in servers},
+            "runs": runs,
+            "idle_ms": idle(servers),
+        }
+
+
+def ceilings(cases: Sequence[Case], blkgen: Path, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """What the client reaches on a device that does nothing, in the kernel and behind VDUSE: no server can be faster."""
+    found: dict[str, dict[str, Any]] = {case.name: {"unit": case.unit, "client": [], "kernel": []} for case in cases}
+    with ours("nothing", f"null:{IMAGE_BYTES}") as server:
+        for _ in range(rounds):
+            for case in cases:
+                for what, device in (("client", "/dev/nullb0"), ("kernel", server.device)):
+                    found[case.name][what].append(case.run(blkgen, device, seconds)[case.unit])
+    say("no storage: measured")
+    return found
+
+
+def machine() -> str:
+    """This machine in a few words."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    model = {key.strip(): value.strip() for key, value in facts.items()}.get("model name", platform.machine())
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) >> 20
+    return f"{os.cpu_count()} x {model}, {memory} GiB"
+
+
+def version_of_qsd() -> str:
+    first = run(QSD, "--version").splitlines()[0]
+    return first.partition("version ")[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.guest")
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--place", choices=[place.name for place in PLACES])
+    parser.add_argument("--case", default="*")
+    arguments = parser.parse_args()
+    cases = [case for case in CASES if fnmatch.fnmatch(case.name, arguments.case)]
+    places = [place for place in PLACES if arguments.place in (None, place.name)]
+    if not cases:
+        parser.error(f"no such case: {arguments.case}; there are {', '.join(case.name for case in CASES)}")
+    # Copied: a program on the guest's network file system is read page by page.
+    blkgen = Path(shutil.copy(TOP / "build/bench/blkgen", tempfile.mkdtemp(prefix="blkgen-")))
+    try:
+        found = {
+            "machine": machine(),
+            "kernel": platform.release(),
+            "qsd": version_of_qsd(),
+            "ceilings": ceilings(cases, blkgen, min(MIN_ROUNDS, arguments.rounds), arguments.seconds),
+            "places": [compare_at(place, cases, blkgen, arguments.rounds, arguments.seconds) for place in places],
+        }
+    finally:
+        shutil.rmtree(blkgen.parent)
+    arguments.result.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        say(f"failed: {error}")
+        sys.exit(3)

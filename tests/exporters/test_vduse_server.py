@@ -1,0 +1,260 @@
+"""The VDUSE message thread when things go wrong that no real kernel can be made to do: no descriptors left, odd memory.
+
+The other side speaks the kernel's messages over a socket with packet boundaries; what is an ioctl there is a method here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from vduse_blk.exporters.vduse.server import DeviceServer
+
+from pyvduse._uapi import ffi, lib
+from pyvduse.device import Device, IotlbRegion
+from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.native import NullTarget
+from vduse_blk.queue import DiskRules, NativeQueue
+from vduse_blk.testing.driver import FLUSH, IN, IOERR, OK, Buffer, FakeDriver
+from vduse_blk.virtio import Feature, VirtioBlkDevice
+
+MIB = 1 << 20
+REGION = 1 << 24
+"""IOVA distance of the queues' memory."""
+_RESPONSE = struct.Struct("<II")
+
+
+@dataclass
+class Kernel:
+    """The kernel's side: sends messages, has the drivers of two queues."""
+
+    virtio: VirtioBlkDevice
+    drivers: list[FakeDriver]
+    memories: list[int]
+    name: str = "x"
+    refuse: Callable[[int], OSError | None] = lambda start: None
+    kicks: dict[int, int] = field(default_factory=dict)
+    interrupts: int = 0
+
+    def __post_init__(self) -> None:
+        self.end, self._device_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._device_end.setblocking(False)
+        self.end.settimeout(20)
+        self.fd = self._device_end.fileno()
+
+    # ---- what Device does by ioctl, read and write
+
+    def features(self) -> int:
+        return self.virtio.offered
+
+    def vq_info(self, index: int) -> Any:
+        driver = self.drivers[index]
+        return SimpleNamespace(
+            ready=True, num=driver.num, avail_index=0,
+            desc_addr=driver.desc, driver_addr=driver.avail, device_addr=driver.used,
+        )  # fmt: skip
+
+    def iotlb_fd(self, start: int, last: int) -> IotlbRegion | None:
+        error = self.refuse(start)
+        if error is not None:
+            raise error
+        index = start // REGION - 1
+        base = (index + 1) * REGION
+        return IotlbRegion(os.dup(self.memories[index]), 0, base, base + MIB - 1, lib.VDUSE_ACCESS_RW)
+
+    def set_kickfd(self, index: int, fd: int | None) -> None:
+        if fd is None:
+            self.kicks.pop(index, None)
+        else:
+            self.kicks[index] = fd
+            os.eventfd_write(fd, 1)  # kicks that came before were kept
+
+    def inject_irq(self, index: int) -> None:
+        self.interrupts += 1
+
+    def read_message(self) -> bytes | None:
+        try:
+            return self._device_end.recv(4096)
+        except BlockingIOError:
+            return None
+
+    def write_response(self, data: bytes) -> bool:
+        self._device_end.send(data)
+        return True
+
+    # ---- what the kernel does
+
+    def message(self, kind: int, status: int = 0) -> bool:
+        """Send one and wait for the answer; whether it was OK."""
+        request = ffi.new("struct vduse_dev_request *")
+        request.request_id, request.type = 7, kind
+        request.s.status = status
+        self.end.send(bytes(ffi.buffer(request)))
+        _, result = _RESPONSE.unpack_from(self.end.recv(4096))
+        return bool(result == lib.VDUSE_REQ_RESULT_OK)
+
+    def drive(self) -> None:
+        """The driver takes the device, up to DRIVER_OK."""
+        for status in (0, 1, 3, 0xB):
+            assert self.message(lib.VDUSE_SET_STATUS, status)
+
+    def flush(self, index: int, timeout: float = 10) -> int | None:
+        """One request on a queue, from its driver."""
+        driver = self.drivers[index]
+        request = driver.request(FLUSH)
+        if index in self.kicks:
+            os.eventfd_write(self.kicks[index], 1)
+        driver.run(request, timeout=timeout)
+        return request.status
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    virtio = VirtioBlkDevice(
+        BlockInfo(size=MIB, volatile_cache=True), num_queues=2, queue_size=64, transport=Feature.ACCESS_PLATFORM.mask
+    )
+    memories = [os.memfd_create(f"queue{index}") for index in range(2)]
+    drivers = []
+    for index, fd in enumerate(memories):
+        os.ftruncate(fd, MIB)
+        drivers.append(FakeDriver(64, memory=MIB, base=(index + 1) * REGION, memory_fd=fd))
+    yield Kernel(virtio, drivers, memories)
+    for driver in drivers:
+        driver.close()
+    for fd in memories:
+        os.close(fd)
+
+
+class Served:
+    """A DeviceServer over the stand-in, with interrupts as eventfds so that the drivers hear them."""
+
+    def __init__(self, kernel: Kernel, **how: bool) -> None:
+        limits = kernel.virtio.limits
+        rules = DiskRules(
+            kernel.virtio.info, max_discard=limits.max_discard, max_write_zeroes=limits.max_write_zeroes, max_ranges=1
+        )
+        self.failures: list[str] = []
+
+        def queue(index: int, failing: bool) -> NativeQueue:
+            return NativeQueue(index, rules, None if failing else NullTarget())
+
+        self.server = DeviceServer(cast(Device, kernel), kernel.virtio, queue, self.failures.append)
+        self.server.start(**how)
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+
+    def ready(self) -> list[bool]:
+        return [queue["ready"] for queue in self.server.describe()["queues"]]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
+
+
+def no_descriptors(index: int) -> Callable[[int], OSError | None]:
+    """Nothing of queue ``index`` can be mapped."""
+    return lambda start: OSError(errno.EMFILE, "Too many open files") if start // REGION - 1 == index else None
+
+
+def test_a_queue_without_memory_is_tried_again(kernel: Kernel) -> None:
+    """DRIVER_OK is not refused, the trouble is told, the other queue works; with descriptors back the queue works, too."""
+    kernel.refuse = no_descriptors(1)
+    with Served(kernel) as served:
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert served.ready() == [True, False]
+        assert "queue 1" in served.failures[0]
+        assert kernel.flush(0) == OK
+        kernel.refuse = lambda start: None
+        assert kernel.flush(1) == OK
+        until(lambda: served.ready() == [True, True])
+
+
+def test_taking_over_without_memory(kernel: Kernel) -> None:
+    """The same for who takes over a dead server's device: it answers messages meanwhile."""
+    kernel.refuse = no_descriptors(0)
+    with Served(kernel, adopt=True) as served:
+        until(lambda: bool(served.failures))
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        kernel.refuse = lambda start: None
+        until(lambda: served.ready() == [True, True])
+        assert kernel.flush(0) == OK
+
+
+def test_a_bug_in_taking_over_leaves_somebody_who_answers(kernel: Kernel) -> None:
+    """Whatever goes wrong, the message thread lives."""
+    kernel.features = lambda: 1 // 0  # type: ignore[method-assign]
+    with Served(kernel, adopt=True) as served:
+        until(lambda: bool(served.failures))
+        del kernel.features  # type: ignore[method-assign]
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.flush(0) == OK
+
+
+def test_what_was_not_done_is_not_confirmed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmapping or a reset that fails is answered so, and the next driver gets fresh mappings."""
+    with Served(kernel) as served:
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.flush(0) == OK
+        iova = served.server._iova
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, "no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(iova, "remove", fail)
+            assert not kernel.message(lib.VDUSE_UPDATE_IOTLB)
+            assert not kernel.message(lib.VDUSE_SET_STATUS, 0)
+        assert served.ready() == [False, False]
+
+
+def test_reset_and_a_new_driver(kernel: Kernel) -> None:
+    """A driver that lets go and comes back is served with a new kick descriptor and nothing of the old mappings."""
+    with Served(kernel) as served:
+        for _ in range(3):
+            kernel.drive()
+            assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+            assert kernel.flush(0) == kernel.flush(1) == OK
+            assert len(served.server._iova.regions) == 2
+            assert kernel.message(lib.VDUSE_SET_STATUS, 0)
+            assert kernel.kicks == {}
+            assert served.server._iova.regions == ()
+            for driver in kernel.drivers:
+                driver.reset_ring()
+
+
+def test_memory_that_vanishes_fails_requests_and_no_more(kernel: Kernel) -> None:
+    """A file cut under the mapping: the queue that touches it answers with errors from then on, and goes on answering."""
+    with Served(kernel) as served:
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        driver = kernel.drivers[0]
+        header, status = Buffer(driver.alloc(16), 16), Buffer(driver.alloc(1), 1, True)
+        driver.put(header.iova, struct.pack("<IIQ", IN, 0, 0))
+        beyond = Buffer(driver.base + MIB // 2, 4096, True)
+        driver.offer(driver.add_chain([header, beyond, status], indirect=False))
+        os.ftruncate(kernel.memories[0], MIB // 2)
+        os.eventfd_write(kernel.kicks[0], 1)
+        assert driver.wait()
+        assert driver.get(status.iova, 1)[0] == IOERR
+        until(lambda: any("SIGBUS" in failure for failure in served.failures))
+        assert kernel.flush(0) == IOERR
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0)
