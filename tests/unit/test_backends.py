@@ -528,6 +528,18 @@ class TestFileSize:
 
         with_stack(file(path), work)
 
+    def test_what_is_open_for_reading_is_not_grown(self, tmp_path: Path) -> None:
+        """It says why; what its owner has grown is taken."""
+        path = image(tmp_path / "disk.img", MIB)
+
+        async def work(stack: Stack) -> None:
+            with pytest.raises(UserError, match="open for reading only"):
+                await stack.resize(2 * MIB)
+            os.truncate(path, 2 * MIB)
+            assert (await stack.refresh()).size == (await stack.resize(2 * MIB)).size == 2 * MIB
+
+        with_stack(file(path), work, read_only=True)
+
     def test_a_block_device_is_not_grown_by_us(self, tmp_path: Path) -> None:
         """It says how; afterwards the new size is taken, whether or not somebody has looked at the device since."""
         path = image(tmp_path / "disk.img", MIB)

@@ -126,6 +126,8 @@ class Stack:
             raise UserError(f"size: {size} is not usable; accepted are multiples of {info.logical_block_size}")
         if size < info.size:
             raise UserError(f"size: {size} is less than the {info.size} bytes of {self}; a disk in use can only grow")
+        if info.read_only:
+            raise UserError(f"size: {self} is open for reading only; grow it by other means, then resize to its size")
         try:
             self._info = self._presented(await self._guard("resize", self._backend.resize(size)))
         except OSError as error:
