@@ -123,7 +123,7 @@ def _delete(device: Device, inflight: InflightLog | None) -> None:
     def failing_queue(index: int, failing: bool) -> Queue:
         return NativeQueue(index, rules, None)
 
-    server = DeviceServer(device, virtio, failing_queue, lambda sentence: None, inflight)
+    server = DeviceServer(device, virtio, failing_queue, lambda sentence: None, inflight=inflight)
     server.start(adopt=True)
     try:
         with Vdpa() as vdpa:

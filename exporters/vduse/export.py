@@ -38,6 +38,7 @@ _DEVICE_ID_BLOCK = 2
 _MSG_TIMEOUT = 120
 """Seconds the kernel waits for an answer. Long, because running into it loses the device for good; finite, because a host
 with a dead server must still be able to shut down."""
+_RESET_SECONDS = 1.0
 _MIB = 1 << 20
 _QUEUES_DEFAULT = 8
 """At most; one per CPU below that."""
@@ -58,6 +59,7 @@ class VduseExporter(Exporter):
         super().__init__(stack, name, options)
         self._undo = AsyncExitStack()
         self._disk: str | None = None
+        self._leaving = False
         self._server: DeviceServer | None = None
         self.queue_count = options.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT)
         self._virtio = VirtioBlkDevice(
@@ -125,7 +127,7 @@ class VduseExporter(Exporter):
                 self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
             )
             self._undo.callback(inflight.close)
-        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, inflight)
+        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, self._look_after_reset, inflight)
         self._server = server
         server.start()
         self._undo.push_async_callback(asyncio.to_thread, server.stop)
@@ -187,10 +189,28 @@ class VduseExporter(Exporter):
                 raise UserError(f"no disk appeared for '{self.name}': {problem}", exit_code=1)
             await asyncio.sleep(0.02)
 
+    def _look_after_reset(self) -> None:
+        """Any thread. A driver that is bound anew resets the device, too; one that is gone for good has been deleted."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, _RESET_SECONDS, self._look_whether_deleted)
+
+    def _look_whether_deleted(self) -> None:
+        if self._disk is not None and not self._leaving and not kernel.vdpa_device(self.name).exists():
+            # The kernel may give the same /dev/vdX to the next disk.
+            kernel.remove_link(self.name)
+            self.fail("somebody else has deleted the vdpa device, and the disk with it; detach it")
+
     async def _delete(self) -> None:
         """The driver lets go. Raises UserError with everything as it was: the disk is still served."""
         if self._server is None:
             return
+        self._leaving = True
+        try:
+            await self._delete_vdpa_device()
+        except BaseException:
+            self._leaving = False
+            raise
+
+    async def _delete_vdpa_device(self) -> None:
         reached("detaching")
         if kernel.vdpa_device(self.name).exists():
             try:

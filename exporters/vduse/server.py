@@ -54,9 +54,9 @@ MakeQueue = Callable[[int, bool], Queue]
 
 
 class DeviceServer:
-    """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers, ``on_failure`` is called (from this thread)
-    with a sentence when the device or a queue is lost. ``inflight``: where queues note what they have in flight, and where
-    ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
+    """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers. From this thread, ``on_failure`` is called with a
+    sentence when the device or a queue is lost, and ``on_reset`` after a driver has let go. ``inflight``: where queues note
+    what they have in flight, and where ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
 
     def __init__(
         self,
@@ -64,9 +64,11 @@ class DeviceServer:
         virtio: VirtioBlkDevice,
         make_queue: MakeQueue,
         on_failure: Callable[[str], None],
+        on_reset: Callable[[], None] = lambda: None,
         inflight: InflightLog | None = None,
     ) -> None:
         self._device = device
+        self._on_reset = on_reset
         self._inflight = inflight
         self._virtio = virtio
         self._make_queue = make_queue
@@ -185,8 +187,11 @@ class DeviceServer:
     def _set_status(self, status: int) -> bool:
         log.debug("%s: status %#04x", self._device.name, status)
         if status == 0:
+            served = bool(self._status & Status.DRIVER_OK)
             self._reset()
             self._status = 0
+            if served:
+                self._on_reset()
             return True
         if status & Status.FEATURES_OK and not self._status & Status.FEATURES_OK:
             driver_features = self._device.features()

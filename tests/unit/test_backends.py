@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -736,6 +737,23 @@ class TestLocks:
                 await Stack(file(path)).open()
 
         with_stack(file(path), work)
+
+    def test_a_loop_device_over_a_file_in_use_is_refused(self, tmp_path: Path) -> None:
+        """It would be a second writer of the same bytes; the holder of the file is named."""
+        path = image(tmp_path / "disk.img", MIB)
+
+        async def nothing(stack: Stack) -> None: ...
+
+        with loop_device(path) as device:
+            fd = os.open(path, os.O_RDWR)
+            try:
+                fcntl.fcntl(fd, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))  # F_OFD_SETLK
+                error = refusal(file(device))
+                assert error.exit_code == 4
+                assert f"{path}, which it is made of, is locked by process {os.getpid()}" in str(error)
+            finally:
+                os.close(fd)
+            with_stack(file(device), nothing)
 
     def test_a_posix_lock_is_respected(self, tmp_path: Path) -> None:
         """Programs that use the older kind, on one byte, keep us away, too."""

@@ -171,7 +171,9 @@ class FileBackend(Backend):
             self._fd = -1
             if time.monotonic() >= deadline:
                 raise UserError(f"path: {self} is replaced again and again; stop whatever does it", _BUSY)
-        if not self._is_block_device:
+        if self._is_block_device:
+            self._check_backing_file()
+        else:
             self._check_loops()
         if options.direct:
             self._go_direct()
@@ -276,6 +278,23 @@ class FileBackend(Backend):
         loops = loops_over(self._fd, writable_only=self.options.read_only)
         if loops:
             raise self._in_use(loops)
+
+    def _check_backing_file(self) -> None:
+        """A loop device leads to a file that somebody may have locked."""
+        number = os.fstat(self._fd).st_rdev
+        try:
+            with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file") as file:
+                backing = file.read().rstrip("\n")
+            fd = os.open(backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return  # no loop device, or over a file that nobody can find
+        try:
+            mode = fcntl.F_RDLCK if self.options.read_only else fcntl.F_WRLCK
+            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(mode, *_EVERYTHING))
+            if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                raise self._in_use([f"{backing}, which it is made of, is {holder}" for holder in locks_on(fd)] or [backing])
+        finally:
+            os.close(fd)
 
     def _go_direct(self) -> None:
         # Not when opening: open(O_CREAT | O_DIRECT) creates the file even where it then fails.

@@ -117,22 +117,26 @@ class Stack:
         return self._info
 
     async def resize(self, size: int) -> BlockInfo:
-        """Grow the storage to ``size`` bytes. Raises UserError."""
+        """Grow the disk to ``size`` bytes, and the storage unless its owner has. Raises UserError; then the disk is as it was,
+        even if the storage is not."""
         self._check_open()
         info = self._info
-        if size == info.size:
-            return info
         if size <= 0 or size % info.logical_block_size:
             raise UserError(f"size: {size} is not usable; accepted are multiples of {info.logical_block_size}")
         if size < info.size:
             raise UserError(f"size: {size} is less than the {info.size} bytes of {self}; a disk in use can only grow")
-        if info.read_only:
-            raise UserError(f"size: {self} is open for reading only; grow it by other means, then resize to its size")
-        try:
-            self._info = self._presented(await self._guard("resize", self._backend.resize(size)))
-        except OSError as error:
-            raise UserError(f"size: {self} cannot grow: {error.strerror or error}", exit_code=1) from error
-        return self._info
+        found = self._presented(await self._guard("refresh", self._backend.refresh()))
+        if found.size > size:
+            raise UserError(f"size: {self} has {found.size} bytes by now, more than {size}; resize to what it has")
+        if found.size < size:
+            if info.read_only:
+                raise UserError(f"size: {self} is open for reading only; grow it by other means, then resize to its size")
+            try:
+                found = self._presented(await self._guard("resize", self._backend.resize(size)))
+            except OSError as error:
+                raise UserError(f"size: {self} cannot grow: {error.strerror or error}", exit_code=1) from error
+        self._info = found
+        return found
 
     def native_target(self) -> NativeTarget | None:
         """How C can serve this disk, under the rules of ``info``; None: it cannot."""

@@ -364,10 +364,8 @@ class Worker:
         async with self._changing:
             if self._stack is None or not self._exports:
                 raise ControlError(f"disk '{self._spec.name}' is {self._phase}; it cannot be resized", Exit.BUSY)
-            info = await self._stack.refresh()
             reached("resizing")
-            if info.size != size:
-                info = await self._stack.resize(size)
+            info = await self._stack.resize(size)
             reached("resized")
             for export in self._exports:
                 await export.exporter.resized(info)
