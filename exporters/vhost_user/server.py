@@ -256,8 +256,12 @@ class _Conversation:
 
     def _send(self, reply: Reply) -> None:
         ancillary = [] if reply.fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fd]))]
-        if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
-            raise ProtocolError("it does not read its answers")
+        try:
+            if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
+                raise ProtocolError("it does not read its answers")
+        finally:
+            if reply.fd is not None:
+                os.close(reply.fd)
 
     def _close_fds(self) -> None:
         while self._fds:

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
 from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region
@@ -56,7 +57,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Reply:
-    """Bytes to send, and a descriptor to send with them (which stays the session's)."""
+    """Bytes to send, and a descriptor to send with them and then to close."""
 
     data: bytes
     fd: int | None = None
@@ -117,6 +118,7 @@ class Session:
         self._protocol = 0
         self._status = 0
         self._backend: socket.socket | None = None
+        self._inflight: InflightArea | None = None
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -171,6 +173,10 @@ class Session:
                 return self._get_config(message)
             case messages.Config():
                 self._set_config(message)
+            case messages.Inflight() if message.request is Request.GET_INFLIGHT_FD:
+                return self._get_inflight(message)
+            case messages.Inflight():
+                self._set_inflight(message, fds)
             case messages.Number():
                 self._set_number(message.request, message.value)
             case _:
@@ -316,6 +322,7 @@ class Session:
             event_idx=bool(self._features & Feature.EVENT_IDX.mask),
             indirect=bool(self._features & Feature.INDIRECT_DESC.mask),
             seg_max=self._virtio.limits.seg_max,
+            inflight=0 if self._inflight is None else self._inflight.address(vring.index, vring.num),
         )
 
     def _guest_address(self, user: int) -> int | None:
@@ -455,11 +462,46 @@ class Session:
         if message.data[0] > 1:
             raise Refused(f"wce: {message.data[0]}; accepted are 0 and 1")
         self._virtio.writeback = message.data[0] == 1
+        if self._inflight is not None:
+            self._inflight.writeback = self._virtio.writeback
         self._set_cache_mode()
 
     def _set_cache_mode(self) -> None:
         """Firmware and old drivers know no flush: to them a completed write is durable, so it must be."""
         self._factory.rules.set_writethrough(self._virtio.is_writethrough(self.negotiated))
+
+    # ----------------------------------------------------------------------------------------- requests in flight
+
+    def _get_inflight(self, message: messages.Inflight) -> Reply:
+        """A fresh area, for a driver that starts anew."""
+        if not 1 <= message.num_queues <= len(self._vrings) or not 1 <= message.queue_size <= _RING_MAX:
+            raise Refused(f"{message.num_queues} queues of {message.queue_size} entries")
+        self._virtio.writeback = True
+        self._set_cache_mode()
+        fd = create_area(message.num_queues, message.queue_size)
+        size = area_bytes(message.num_queues, message.queue_size)
+        return Reply(messages.inflight_reply(message, size), fd)
+
+    def _set_inflight(self, message: messages.Inflight, fds: list[int]) -> None:
+        """The area to use, perhaps with what a dead server has left in it."""
+        try:
+            area = InflightArea(
+                fds[0],
+                size=message.mmap_size,
+                offset=message.mmap_offset,
+                num_queues=message.num_queues,
+                queue_size=message.queue_size,
+            )
+        except (OSError, ValueError) as error:
+            raise Refused(f"the area for requests in flight cannot be used: {error}") from error
+        for vring in self._vrings:
+            self._stop(vring)
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = area
+        self._virtio.writeback = area.writeback
+        self._set_cache_mode()
+        self._settle_all()
 
     def _set_backend(self, fds: list[int]) -> None:
         if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
@@ -493,6 +535,8 @@ class Session:
                 os.close(vring.err)
         self._iova.close()
         self._memory.clear()
+        if self._inflight is not None:
+            self._inflight.close()
         if self._backend is not None:
             self._backend.close()
 

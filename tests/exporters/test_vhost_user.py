@@ -22,7 +22,7 @@ from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature
 
 from vduse_blk.control import ControlError, Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
-from vduse_blk.testing.frontend import USER_OFFSET, FakeFrontend, FrontendQueue, GuestMemory
+from vduse_blk.testing.frontend import USER_OFFSET, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.virtio import Feature
 
 Serve = Callable[..., Server]
@@ -669,6 +669,122 @@ def test_a_reset_status_or_owner_stops_the_queues(serve: Serve, machine: Machine
     frontend.start_queue(0, machine.queue, base=base)
     exercise(machine.queue, server, seed=2)
     frontend.close()
+
+
+# ------------------------------------------------------------------------------------------- crash and successor
+
+
+def marks(area: InflightFile) -> int:
+    """Requests in flight of all queues, as the specification's layout has them."""
+    stride = (16 + 16 * area.queue_size + 63) // 64 * 64
+    content = os.pread(area.fd, area.size, area.offset)
+    return sum(
+        content[queue * stride + 16 + 16 * head] for queue in range(area.num_queues) for head in range(area.queue_size)
+    )
+
+
+@both_paths
+def test_a_killed_server_loses_nothing(serve: Serve, path: str) -> None:
+    """Killed again and again under load on two queues; each time the next server finishes what was in flight. Every request
+    is answered once and with success, and the storage holds what was written."""
+    server = serve(path=path, queues=2)
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(2, 128)
+    frontend.close()
+    until_alone(server)
+    frontend = machine.boot(server, inflight=area)
+    chance = random.Random(9)
+    turns = found = 0
+    written: dict[int, bytes] = {}
+    while turns < 8 or found == 0:
+        turns += 1
+        assert turns < 60, "no death has found a request in flight"
+        requests = []
+        for number, queue in enumerate(machine.queues):
+            for i in range(14):
+                sector = (number * 64 + i) * 32
+                written[sector] = noise(16384, turns * 100 + number * 50 + i)
+                requests.append((queue, queue.request(OUT, sector, out=written[sector], pieces=3)))
+            queue.kick(force=True)
+        time.sleep(chance.random() * 0.003)
+        server.kill()
+        found += marks(area)
+        frontend.close()
+        server.start()
+        frontend = machine.boot(server, inflight=area)
+        for queue, request in requests:
+            while request.status is None:
+                queue.collect(20)
+            assert request.status == OK
+        for queue in machine.queues:
+            queue.reset_heap()
+        for sector, data in written.items():
+            assert image(server, sector * 512, len(data)) == data
+    assert marks(area) == 0
+    frontend.close()
+    area.close()
+    machine.close()
+
+
+@both_paths
+def test_a_disconnection_finishes_what_was_in_flight(serve: Serve, machine: Machine, path: str) -> None:
+    """The server lives and the connection is cut: nothing is left to do again, and the next connection goes on."""
+    server = serve(path=path)
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, machine.queue.num)
+    assert frontend.set_inflight(area) == 0
+    for turn in range(5):
+        requests = [machine.queue.request(IN, 8 * i, into=4096) for i in range(10)]
+        machine.queue.kick(force=True)
+        frontend.close()
+        until_alone(server)
+        assert marks(area) == 0
+        frontend = machine.boot(server, inflight=area)
+        machine.queue.run(*requests)
+        assert [request.status for request in requests] == [OK] * 10, turn
+        machine.queue.reset_heap()
+    frontend.close()
+    area.close()
+
+
+def test_a_successor_keeps_the_cache_mode(serve: Serve, machine: Machine) -> None:
+    """A driver that has switched the cache off does not flush; a server that did not know would lose its data."""
+    server = serve()
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, machine.queue.num)
+    assert frontend.set_inflight(area) == 0
+    assert frontend.set_config(32, b"\0") == 0
+    server.kill()
+    frontend.close()
+    server.start()
+    frontend = machine.boot(server, inflight=area)
+    assert frontend.config(32, 1) == b"\0"
+    fresh = frontend.get_inflight(1, machine.queue.num)  # a machine that was reset
+    assert frontend.set_inflight(fresh) == 0
+    assert frontend.config(32, 1) == b"\1"
+    frontend.close()
+    area.close()
+    fresh.close()
+
+
+def test_areas_that_cannot_be_are_refused(serve: Serve, machine: Machine) -> None:
+    """Too small, beyond the file, no memory at all; the queue goes on with what it had."""
+    server = serve()
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, 64)
+    assert frontend.set_inflight(area) == 0
+    exercise(machine.queue, server)
+    for changes in ({"size": 64}, {"offset": 4096}, {"num_queues": 100}, {"queue_size": 32768}, {"size": 2**63}):
+        bad = InflightFile(area.fd, area.size, area.offset, area.num_queues, area.queue_size)
+        for name, value in changes.items():
+            setattr(bad, name, value)
+        assert frontend.set_inflight(bad) == 1, changes
+    exercise(machine.queue, server, seed=2)
+    with pytest.raises(OSError, match="Operation not permitted"):
+        os.ftruncate(area.fd, 0)
+    frontend.close()
+    area.close()
 
 
 # --------------------------------------------------------------------------------------------- configuration

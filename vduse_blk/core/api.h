@@ -84,6 +84,11 @@ struct vring_chain {
     struct vring_seg segs[260];
 };
 
+/* ---- inflight.c: the crash log --------------------------------------------------------------------------------- */
+
+/* Bytes of the log of a queue: INFLIGHT_HEADER_BYTES + entries * INFLIGHT_DESC_BYTES. All zeros: fresh. */
+enum { INFLIGHT_HEADER_BYTES = 16, INFLIGHT_DESC_BYTES = 16 };
+
 /* ---- vblk.c: virtio-blk requests ------------------------------------------------------------------------------- */
 
 enum vblk_op {
@@ -157,6 +162,9 @@ struct vb_queue_config {
     uint32_t notify_kind;
     int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
     uint32_t batch;   /* requests per publish, 0 = default */
+    /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With it the queue begins behind what the log and
+     * the used ring know of, whatever last_avail says, after doing again what was popped and not answered. */
+    void *inflight;
 };
 
 enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };
@@ -229,6 +237,10 @@ struct vb_done {
     uint16_t head;
     uint16_t status; /* enum vblk_status */
 };
+
+/* Queue: not 0 while requests found in the crash log are still to be popped, and can be. Whoever stops a queue pops them
+ * first: the next avail index says that they were. */
+int vb_queue_replaying(const struct vb_queue *queue);
 
 /*
  * Plugin: pop and parse up to `room` requests; those that need no storage are answered on the way. Returns their

@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = (
     "iova.c",
     "vring_split.c",
+    "inflight.c",
     "vblk.c",
     "queue.c",
     "mapping.c",

@@ -88,6 +88,29 @@ void vring_disable_kick(struct vring *ring);
 /* Entries the driver has made available and we have not popped, at most num. */
 uint16_t vring_pending(struct vring *ring);
 
+/* The chain of `head`, which was popped before: as vring_pop, without the avail ring. */
+enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
+                                     struct vring_chain *chain, struct vring_seg *unmapped);
+
+/* ---- crash log ---- */
+
+struct inflight_region;
+struct inflight { /* owner: the queue thread */
+    struct inflight_region *region; /* NULL: none */
+    uint16_t num;
+    uint64_t counter; /* of the next request popped */
+};
+
+/*
+ * Begin with what `memory` holds and the ring's used.idx. Fills heads (room for num) with what was popped and not published,
+ * in the order of popping, and returns their number.
+ */
+uint16_t inflight_recover(struct inflight *log, void *memory, uint16_t num, uint16_t used_idx, uint16_t *heads);
+void inflight_mark(struct inflight *log, uint16_t head);
+void inflight_push(struct inflight *log, uint16_t head);
+/* The last `count` heads pushed are published, used.idx is `used_idx`. */
+void inflight_commit(struct inflight *log, uint16_t count, uint16_t used_idx);
+
 /* ---- requests ---- */
 
 struct vblk_req {
@@ -139,6 +162,10 @@ struct vb_queue {
     struct vb_iov *iov_arena;   /* num * iov_room */
     struct vblk_range *range_arena;
     uint32_t iov_room;
+    struct inflight log;
+    uint16_t *replay;      /* num: heads to do again, found in the log */
+    uint16_t replay_count;
+    uint16_t replay_next;
     uint32_t inflight; /* queue: equals pops minus pushes; if it drifts, stop never ends */
     struct vb_counters counters;
     struct vring_chain chain; /* queue: scratch, 4 KiB, too large for comfort on a stack */

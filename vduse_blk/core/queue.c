@@ -82,12 +82,18 @@ static bool bind_ring(struct vb_queue *queue)
     void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
     if (!desc || !avail || !used)
         return false;
-    const struct vring_used *ring_used = used;
-    uint16_t first = config->last_avail == VB_RESUME ? GUEST_LOAD(&ring_used->idx) : (uint16_t)config->last_avail;
-    if (queue->ring.num == 0)
-        vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
-    else
+    if (queue->ring.num != 0) {
         vring_rebind(&queue->ring, desc, avail, used);
+        return true;
+    }
+    const struct vring_used *ring_used = used;
+    uint16_t used_idx = GUEST_LOAD(&ring_used->idx);
+    uint16_t first = config->last_avail == VB_RESUME ? used_idx : (uint16_t)config->last_avail;
+    if (config->inflight != NULL) {
+        queue->replay_count = inflight_recover(&queue->log, config->inflight, (uint16_t)num, used_idx, queue->replay);
+        first = (uint16_t)(used_idx + queue->replay_count);
+    }
+    vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
     return true;
 }
 
@@ -114,7 +120,8 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
     queue->iov_arena = arena((size_t)config->num * queue->iov_room * sizeof(struct vb_iov));
     queue->range_arena = arena((size_t)config->num * VBLK_RANGES_MAX * sizeof(struct vblk_range));
-    if (queue->wake_fd < 0 || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
+    queue->replay = arena(config->num * sizeof(*queue->replay));
+    if (queue->wake_fd < 0 || !queue->replay || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
         vb_queue_free(queue);
         return NULL;
     }
@@ -132,6 +139,8 @@ void vb_queue_free(struct vb_queue *queue)
     if (queue == NULL)
         return;
     size_t num = queue->config.num;
+    if (queue->replay)
+        munmap(queue->replay, num * sizeof(*queue->replay));
     if (queue->reqs)
         munmap(queue->reqs, num * sizeof(*queue->reqs));
     if (queue->iov_arena)
@@ -222,6 +231,34 @@ static bool ask(struct vb_queue *queue, const struct vring_seg *range)
     return true;
 }
 
+int vb_queue_replaying(const struct vb_queue *queue)
+{
+    return queue->replay_next != queue->replay_count && queue->ring.fault == VRING_OK && queue->bound &&
+           atomic_load_explicit(&queue->missing, memory_order_relaxed) == MISS_NONE;
+}
+
+/* The next chain: first what the log says was popped before and not answered, then what the driver has made available. */
+static enum vring_pop_result next_chain(struct vb_queue *queue, struct vring_seg *unmapped)
+{
+    struct vring *ring = &queue->ring;
+    if (queue->replay_next == queue->replay_count)
+        return vring_pop(ring, queue->table, &queue->chain, unmapped);
+    if (ring->fault != VRING_OK)
+        return VRING_BROKEN;
+    return vring_chain_of(ring, queue->table, queue->replay[queue->replay_next], &queue->chain, unmapped);
+}
+
+/* The chain belongs to a request now, or (`taken` false) its memory is not mapped yet and it must come again. */
+static void chain_taken(struct vb_queue *queue, bool taken)
+{
+    if (queue->replay_next != queue->replay_count)
+        queue->replay_next += taken; /* it is marked, with the counter that says when it was popped */
+    else if (!taken)
+        vring_unpop(&queue->ring);
+    else if (queue->log.region != NULL)
+        inflight_mark(&queue->log, queue->chain.head);
+}
+
 struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 {
     struct vring_seg unmapped;
@@ -233,7 +270,7 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
             return NULL;
         atomic_store(&queue->missing, MISS_NONE);
     }
-    enum vring_pop_result popped = vring_pop(&queue->ring, queue->table, &queue->chain, &unmapped);
+    enum vring_pop_result popped = next_chain(queue, &unmapped);
     if (popped == VRING_EMPTY)
         return NULL;
     if (popped == VRING_UNMAPPED && ask(queue, &unmapped))
@@ -255,13 +292,14 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
     enum vblk_verdict verdict = vblk_parse(queue->rules, &queue->chain, queue->table, req, &unmapped);
     if (verdict == VBLK_UNMAPPED) {
         if (ask(queue, &unmapped)) {
-            vring_unpop(&queue->ring);
+            chain_taken(queue, false);
             return NULL;
         }
         req->op = VBLK_OTHER;
         req->status = VBLK_S_IOERR;
         verdict = VBLK_ANSWERED;
     }
+    chain_taken(queue, true);
     queue->missed_valid = false;
     req->busy = true;
     queue->inflight++;
@@ -291,6 +329,8 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
     req->busy = false;
     queue->inflight--;
     GUEST_STORE(&counters->inflight, (uint64_t)queue->inflight);
+    if (queue->log.region != NULL)
+        inflight_push(&queue->log, req->head);
     vring_push(&queue->ring, req->head, length);
 }
 
@@ -316,8 +356,11 @@ static void notify(struct vb_queue *queue)
 void queue_publish(struct vb_queue *queue)
 {
     atomic_store_explicit(&queue->last_avail, queue->ring.last_avail, memory_order_relaxed);
-    if (vring_publish(&queue->ring) == 0)
+    uint16_t count = vring_publish(&queue->ring);
+    if (count == 0)
         return;
+    if (queue->log.region != NULL)
+        inflight_commit(&queue->log, count, queue->ring.published);
     COUNT(queue->counters.publishes, 1);
     if (vring_must_notify(&queue->ring))
         notify(queue);

@@ -144,20 +144,11 @@ static enum vring_pop_result pop_indirect(struct vring *ring, const struct iova_
     return broken(ring, VRING_FAULT_LOOP);
 }
 
-enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
-                                struct vring_seg *unmapped)
+enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
+                                     struct vring_chain *chain, struct vring_seg *unmapped)
 {
-    if (ring->fault != VRING_OK)
-        return VRING_BROKEN;
-    uint16_t pending = vring_pending(ring);
-    if (pending == 0)
-        return VRING_EMPTY;
-    if (pending > ring->num)
-        return broken(ring, VRING_FAULT_AVAIL_IDX);
-    uint16_t head = GUEST_LOAD(&ring->avail->ring[ring->last_avail & ring->mask]);
     if (head >= ring->num)
         return broken(ring, VRING_FAULT_HEAD);
-
     chain->head = head;
     chain->count = 0;
     chain->readable = 0;
@@ -169,23 +160,35 @@ enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *tab
             /* 2.7.5.3.1: not together with NEXT. 2.7.5.3.2: it may end a chain of normal ones, WRITE means nothing. */
             if (!ring->indirect || (desc.flags & DESC_NEXT))
                 return broken(ring, VRING_FAULT_INDIRECT);
-            enum vring_pop_result result = pop_indirect(ring, table, desc.addr, desc.len, chain, unmapped);
-            if (result == VRING_CHAIN)
-                ring->last_avail++;
-            return result;
+            return pop_indirect(ring, table, desc.addr, desc.len, chain, unmapped);
         }
         enum vring_fault fault = append(chain, &desc);
         if (fault != VRING_OK)
             return broken(ring, fault);
-        if (!(desc.flags & DESC_NEXT)) {
-            ring->last_avail++;
+        if (!(desc.flags & DESC_NEXT))
             return VRING_CHAIN;
-        }
         next = desc.next;
         if (next >= ring->num)
             return broken(ring, VRING_FAULT_NEXT);
     }
     return broken(ring, VRING_FAULT_LOOP);
+}
+
+enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
+                                struct vring_seg *unmapped)
+{
+    if (ring->fault != VRING_OK)
+        return VRING_BROKEN;
+    uint16_t pending = vring_pending(ring);
+    if (pending == 0)
+        return VRING_EMPTY;
+    if (pending > ring->num)
+        return broken(ring, VRING_FAULT_AVAIL_IDX);
+    uint16_t head = GUEST_LOAD(&ring->avail->ring[ring->last_avail & ring->mask]);
+    enum vring_pop_result result = vring_chain_of(ring, table, head, chain, unmapped);
+    if (result == VRING_CHAIN)
+        ring->last_avail++;
+    return result;
 }
 
 void vring_unpop(struct vring *ring)

@@ -44,6 +44,8 @@ class QueueSetup:
     ``notify_vduse``: ``notify_fd`` is a VDUSE device (inject an interrupt), otherwise an eventfd.
     ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
     ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
+    ``inflight``: address in this process of the queue's crash log (``inflight_log_bytes``), which outlives the queue; with
+    it ``last_avail`` counts for nothing.
     """
 
     index: int
@@ -60,6 +62,12 @@ class QueueSetup:
     seg_max: int
     last_avail: int | None = 0
     batch: int = 0
+    inflight: int = 0
+
+
+def inflight_log_bytes(num: int) -> int:
+    """Bytes of the crash log of a queue of ``num`` entries."""
+    return int(lib.INFLIGHT_HEADER_BYTES + num * lib.INFLIGHT_DESC_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +160,7 @@ class CoreQueue:
         config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
         config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
         config.batch = setup.batch
+        config.inflight = ffi.cast("void *", setup.inflight)
         error = ffi.new("int *")
         created = lib.vb_queue_new(config, self._rules.c, iova.table, error)
         if not created:

@@ -156,6 +156,10 @@ class FakeDriver:
 
     # ---- ring ----
 
+    def used_idx(self) -> int:
+        """The used ring's index, as it is in memory."""
+        return self._u16(self.used + 2)
+
     @property
     def free(self) -> int:
         """Descriptors not in use."""

@@ -64,6 +64,17 @@ class FrontendQueue(FakeDriver):
         self.region.close()
 
 
+class InflightFile:
+    """The area for requests in flight as the front-end keeps it. The descriptor is closed with the object's ``close``."""
+
+    def __init__(self, fd: int, size: int, offset: int, num_queues: int, queue_size: int) -> None:
+        self.fd, self.size, self.offset = fd, size, offset
+        self.num_queues, self.queue_size = num_queues, queue_size
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class FakeFrontend:
     """One connection. Questions wait at most ``timeout`` seconds for their answer."""
 
@@ -250,6 +261,15 @@ class FakeFrontend:
     def capacity(self) -> int:
         """Size of the disk in bytes, as the configuration space has it."""
         return int(struct.unpack("=Q", self.config(0, 8))[0]) * 512
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> InflightFile:
+        """A fresh area."""
+        reply, (fd,) = self.ask(Request.GET_INFLIGHT_FD, struct.pack("=QQHH4x", 0, 0, num_queues, queue_size))
+        return InflightFile(fd, *struct.unpack("=QQHH4x", reply))
+
+    def set_inflight(self, area: InflightFile) -> int:
+        payload = struct.pack("=QQHH4x", area.size, area.offset, area.num_queues, area.queue_size)
+        return self.tell(Request.SET_INFLIGHT_FD, payload, [area.fd])
 
     def backend_message(self) -> int:
         """Wait for a message of the back-end's own; returns its number."""
