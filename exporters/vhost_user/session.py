@@ -40,7 +40,7 @@ from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
-from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region
+from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
 log = logging.getLogger("vduse_blk.disk")
@@ -119,13 +119,14 @@ class Session:
         self._status = 0
         self._backend: socket.socket | None = None
         self._inflight: InflightArea | None = None
+        self._log: SharedArea | None = None
 
     # ------------------------------------------------------------------------------------------ what it is told
 
     @property
     def features(self) -> int:
         """Feature bits that are offered: the device's, and vhost-user's own."""
-        return self._virtio.offered | 1 << messages.PROTOCOL_FEATURES
+        return self._virtio.offered | 1 << messages.PROTOCOL_FEATURES | 1 << messages.LOG_ALL
 
     @property
     def protocol_features(self) -> int:
@@ -177,6 +178,8 @@ class Session:
                 return self._get_inflight(message)
             case messages.Inflight():
                 self._set_inflight(message, fds)
+            case messages.Log():
+                return self._set_log(message, fds)
             case messages.Number():
                 self._set_number(message.request, message.value)
             case _:
@@ -222,6 +225,8 @@ class Session:
                 self._reset_device()
             case Request.SET_BACKEND_REQ_FD:
                 self._set_backend(fds)
+            case Request.SET_LOG_FD:
+                pass  # an eventfd for every page marked: front-ends look at the log when they want to know
             case _:
                 raise Refused("not supported")
         return None
@@ -291,6 +296,7 @@ class Session:
         wanted = self._wanted(vring)
         if vring.queue is not None and wanted != vring.setup:
             self._stop(vring)
+            wanted = self._wanted(vring)  # from where it has stopped
         if vring.queue is None and wanted is not None:
             self._start(vring, wanted)
 
@@ -323,6 +329,8 @@ class Session:
             indirect=bool(self._features & Feature.INDIRECT_DESC.mask),
             seg_max=self._virtio.limits.seg_max,
             inflight=0 if self._inflight is None else self._inflight.address(vring.index, vring.num),
+            dirty=self._dirty_log(),
+            dirty_used=vring.addr.log if vring.addr.flags & messages.VRING_LOG else None,
         )
 
     def _guest_address(self, user: int) -> int | None:
@@ -470,6 +478,26 @@ class Session:
         """Firmware and old drivers know no flush: to them a completed write is durable, so it must be."""
         self._factory.rules.set_writethrough(self._virtio.is_writethrough(self.negotiated))
 
+    # ------------------------------------------------------------------------------------------- pages written
+
+    def _dirty_log(self) -> tuple[int, int] | None:
+        """Where queues mark pages, if they are to do so."""
+        if self._log is None or not self._features >> messages.LOG_ALL & 1:
+            return None
+        return self._log.address(0), self._log.size
+
+    def _set_log(self, message: messages.Log, fds: list[int]) -> Reply:
+        """Answered always, and when nothing is marked in the old log any more: the front-end then reads it a last time."""
+        try:
+            area = SharedArea(fds[0], message.offset, message.size)
+        except OSError as error:
+            raise Refused(f"the log of pages cannot be mapped: {error}") from error
+        old, self._log = self._log, area
+        self._settle_all()
+        if old is not None:
+            old.close()
+        return Reply(messages.number_reply(message.request, 0))
+
     # ----------------------------------------------------------------------------------------- requests in flight
 
     def _get_inflight(self, message: messages.Inflight) -> Reply:
@@ -537,6 +565,8 @@ class Session:
         self._memory.clear()
         if self._inflight is not None:
             self._inflight.close()
+        if self._log is not None:
+            self._log.close()
         if self._backend is not None:
             self._backend.close()
 

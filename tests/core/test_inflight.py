@@ -133,7 +133,7 @@ def test_marks_follow_the_requests(driver: FakeDriver) -> None:
 
 
 def test_a_successor_goes_on_where_the_dead_one_stood(driver: FakeDriver) -> None:
-    """First what was in flight, in the order of popping, then what nobody has popped; whatever index it is told to start at."""
+    """First what was in flight, in the order of popping, then what nobody has popped; whatever index it is told."""
     log = Log(driver.num)
     first = Server(driver, log)
     heads = offer(driver, 8)

@@ -22,7 +22,7 @@ from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature
 
 from vduse_blk.control import ControlError, Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
-from vduse_blk.testing.frontend import USER_OFFSET, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
+from vduse_blk.testing.frontend import LOG_ALL, USER_OFFSET, DirtyLog, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.virtio import Feature
 
 Serve = Callable[..., Server]
@@ -785,6 +785,114 @@ def test_areas_that_cannot_be_are_refused(serve: Serve, machine: Machine) -> Non
         os.ftruncate(area.fd, 0)
     frontend.close()
     area.close()
+
+
+# ----------------------------------------------------------------------------------------------------- migration
+
+
+def pages_of(*buffers: tuple[int, int]) -> set[int]:
+    """Guest addresses of the pages that (address, length) pieces touch."""
+    return {page for start, length in buffers for page in range(start // 4096 * 4096, start + length, 4096)}
+
+
+@both_paths
+def test_every_page_written_is_logged(serve: Serve, machine: Machine, path: str) -> None:
+    """With F_LOG_ALL the pages of read data, status bytes and the used ring are marked, and no other; without, none is."""
+    server = serve(path=path)
+    queue = machine.queue
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + GAP, offset=4096)
+    chance = random.Random(4)
+
+    def load() -> tuple[set[int], set[int]]:
+        """Pages that have changed although the driver did not write there; pages which the device may write."""
+        queue.reset_heap()
+        requests = []
+        for i in range(8):
+            data = noise(20000 // 512 * 512, chance.getrandbits(30))
+            queue.alloc(1, 4096)  # nothing that is read shares a page with what is written
+            requests.append(queue.request(OUT, 64 * i, out=data, pieces=3, offer=False))
+            queue.alloc(1, 4096)
+            requests.append(queue.request(IN, 64 * i + 3, into=chance.randrange(1, 80) * 512, pieces=4, offer=False))
+        before = queue.get(queue.base, len(queue.memory))
+        for request in requests:
+            queue.offer(request.head)
+        queue.kick()
+        for request in requests:
+            while request.status is None:
+                queue.collect()
+            assert request.status == OK
+        after = queue.get(queue.base, len(queue.memory))
+        changed = {
+            queue.base + at for at in range(0, len(after), 4096) if before[at : at + 4096] != after[at : at + 4096]
+        } - pages_of((queue.avail, 6 + 2 * queue.num))
+        buffers = [(buffer.iova, buffer.length) for request in requests for buffer in request.data]
+        statuses = [(request.status_iova, 1) for request in requests]
+        return changed, pages_of(*buffers, *statuses, (queue.used, 6 + 8 * queue.num))
+
+    load()
+    frontend.set_log(log)
+    load()
+    assert log.take() == set()
+    assert frontend.set_features(frontend.features | LOG_ALL) == 0
+    assert frontend.set_addr(0, queue, flags=1) == 0
+    for _ in range(4):
+        changed, may = load()
+        marked = log.take()
+        assert changed <= marked <= may
+        assert len(changed) > 20
+
+    other = DirtyLog(BASE + GAP)
+    frontend.set_log(other)
+    changed, may = load()
+    assert log.take() == set()
+    assert changed <= other.take() <= may
+
+    assert frontend.set_features(frontend.features & ~LOG_ALL) == 0
+    assert frontend.set_addr(0, queue) == 0
+    load()
+    assert other.take() == set()
+    frontend.close()
+    log.close()
+    other.close()
+
+
+def test_the_used_ring_is_logged_where_the_front_end_says(serve: Serve, machine: Machine) -> None:
+    """The log address of a ring need not be its guest address; without the ring's flag its changes are not marked."""
+    server = serve()
+    queue = machine.queue
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + GAP)
+    frontend.set_log(log)
+    frontend.set_features(frontend.features | LOG_ALL)
+    request = queue.request(IN, 0, into=512)
+    queue.run(request)
+    data = pages_of((request.data[0].iova, 512), (request.status_iova, 1))
+    assert log.take() == data
+    addresses = (queue.desc + USER_OFFSET, queue.used + USER_OFFSET, queue.avail + USER_OFFSET, 0x5000)
+    payload = struct.pack("=IIQQQQ", 0, 1, *addresses)
+    assert frontend.tell(Request.SET_VRING_ADDR, payload) == 0
+    request = queue.request(IN, 0, into=512)
+    queue.run(request)
+    assert log.take() == pages_of((request.data[0].iova, 512), (request.status_iova, 1), (0x5000, 1))
+    frontend.close()
+    log.close()
+
+
+def test_a_log_that_is_too_short_is_not_overrun(serve: Serve, machine: Machine) -> None:
+    """Pages beyond the log are not marked; nothing is written behind it."""
+    server = serve()
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + 8 * 4096)
+    os.truncate(log.fd, log.size + 65536)
+    frontend.set_log(log)
+    frontend.set_features(frontend.features | LOG_ALL)
+    frontend.set_addr(0, machine.queue, flags=1)
+    exercise(machine.queue, server)
+    assert os.pread(log.fd, 65536, log.size) == bytes(65536)
+    assert log.take()
+    frontend.close()
+    log.close()
 
 
 # --------------------------------------------------------------------------------------------- configuration

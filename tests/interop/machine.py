@@ -119,7 +119,9 @@ def make_root(image: Path, size: int) -> None:
 class Guest:
     """A running machine. ``disks`` are sockets of back-ends; the first is the root disk."""
 
-    def __init__(self, folder: Path, disks: list[Path], *, device: str = "", memory: int = 256, extra: list[str] | None = None):
+    def __init__(
+        self, folder: Path, disks: list[Path], *, device: str = "", memory: int = 256, extra: list[str] | None = None
+    ) -> None:
         """``device`` is added to the options of each disk."""
         self._lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(self._lock, fcntl.LOCK_EX)

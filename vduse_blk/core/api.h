@@ -89,6 +89,10 @@ struct vring_chain {
 /* Bytes of the log of a queue: INFLIGHT_HEADER_BYTES + entries * INFLIGHT_DESC_BYTES. All zeros: fresh. */
 enum { INFLIGHT_HEADER_BYTES = 16, INFLIGHT_DESC_BYTES = 16 };
 
+/* ---- dirty.c: the log of pages written -------------------------------------------------------------------------- */
+
+enum { DIRTY_PAGE = 4096 };
+
 /* ---- vblk.c: virtio-blk requests ------------------------------------------------------------------------------- */
 
 enum vblk_op {
@@ -165,6 +169,12 @@ struct vb_queue_config {
     /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With it the queue begins behind what the log and
      * the used ring know of, whatever last_avail says, after doing again what was popped and not answered. */
     void *inflight;
+    /* Log of the pages written, a bit per DIRTY_PAGE bytes of IOVA from 0; NULL = none. Where log_used is not 0, changes to
+     * the used ring are marked as if the ring began at dirty_used. */
+    uint8_t *dirty;
+    uint64_t dirty_bytes;
+    uint64_t dirty_used;
+    uint64_t log_used;
 };
 
 enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };

@@ -13,6 +13,7 @@ SOURCES = (
     "iova.c",
     "vring_split.c",
     "inflight.c",
+    "dirty.c",
     "vblk.c",
     "queue.c",
     "mapping.c",

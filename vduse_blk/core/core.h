@@ -111,6 +111,14 @@ void inflight_push(struct inflight *log, uint16_t head);
 /* The last `count` heads pushed are published, used.idx is `used_idx`. */
 void inflight_commit(struct inflight *log, uint16_t count, uint16_t used_idx);
 
+/* ---- pages written ---- */
+
+struct dirty_log {
+    uint8_t *bits; /* NULL: none */
+    uint64_t bytes;
+};
+void dirty_mark(const struct dirty_log *log, uint64_t address, uint64_t length);
+
 /* ---- requests ---- */
 
 struct vblk_req {
@@ -129,6 +137,8 @@ struct vblk_req {
     struct vb_iov *iov;   /* arena, iov_room pieces */
     uint32_t iov_room;
     struct vblk_range *ranges; /* arena, VBLK_RANGES_MAX */
+    struct vring_seg *written; /* arena, VRING_CHAIN_MAX: the device-writable segments; only where pages are logged */
+    uint16_t written_count;
     /* execution, owned by the target */
     uint32_t step;      /* first iov piece or range not yet done */
     uint64_t progress;  /* bytes done of the whole (read, write) or of the present range */
@@ -162,6 +172,8 @@ struct vb_queue {
     struct vb_iov *iov_arena;   /* num * iov_room */
     struct vblk_range *range_arena;
     uint32_t iov_room;
+    struct dirty_log dirty;
+    struct vring_seg *written_arena; /* num * VRING_CHAIN_MAX */
     struct inflight log;
     uint16_t *replay;      /* num: heads to do again, found in the log */
     uint16_t replay_count;

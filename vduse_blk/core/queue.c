@@ -120,8 +120,12 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
     queue->iov_arena = arena((size_t)config->num * queue->iov_room * sizeof(struct vb_iov));
     queue->range_arena = arena((size_t)config->num * VBLK_RANGES_MAX * sizeof(struct vblk_range));
+    queue->dirty.bits = config->dirty;
+    queue->dirty.bytes = config->dirty_bytes;
+    if (config->dirty != NULL)
+        queue->written_arena = arena((size_t)config->num * VRING_CHAIN_MAX * sizeof(struct vring_seg));
     queue->replay = arena(config->num * sizeof(*queue->replay));
-    if (queue->wake_fd < 0 || !queue->replay || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
+    if (queue->wake_fd < 0 || (config->dirty && !queue->written_arena) || !queue->replay || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
         vb_queue_free(queue);
         return NULL;
     }
@@ -139,6 +143,8 @@ void vb_queue_free(struct vb_queue *queue)
     if (queue == NULL)
         return;
     size_t num = queue->config.num;
+    if (queue->written_arena)
+        munmap(queue->written_arena, num * VRING_CHAIN_MAX * sizeof(struct vring_seg));
     if (queue->replay)
         munmap(queue->replay, num * sizeof(*queue->replay));
     if (queue->reqs)
@@ -259,6 +265,15 @@ static void chain_taken(struct vb_queue *queue, bool taken)
         inflight_mark(&queue->log, queue->chain.head);
 }
 
+/* Keep what the request may write to: by the time it is answered its pieces have been advanced. */
+static void note_written(struct vb_queue *queue, struct vblk_req *req)
+{
+    const struct vring_chain *chain = &queue->chain;
+    req->written = queue->written_arena + (size_t)chain->head * VRING_CHAIN_MAX;
+    req->written_count = (uint16_t)(chain->count - chain->readable);
+    memcpy(req->written, chain->segs + chain->readable, req->written_count * sizeof(*req->written));
+}
+
 struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 {
     struct vring_seg unmapped;
@@ -300,6 +315,8 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
         verdict = VBLK_ANSWERED;
     }
     chain_taken(queue, true);
+    if (queue->written_arena != NULL)
+        note_written(queue, req);
     queue->missed_valid = false;
     req->busy = true;
     queue->inflight++;
@@ -326,6 +343,9 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
     else
         COUNT(counters->unsupported, 1);
     uint32_t length = vblk_finish(req, status);
+    if (queue->dirty.bits != NULL)
+        for (uint16_t i = 0; i < req->written_count; i++)
+            dirty_mark(&queue->dirty, req->written[i].iova, req->written[i].length);
     req->busy = false;
     queue->inflight--;
     GUEST_STORE(&counters->inflight, (uint64_t)queue->inflight);
@@ -359,6 +379,8 @@ void queue_publish(struct vb_queue *queue)
     uint16_t count = vring_publish(&queue->ring);
     if (count == 0)
         return;
+    if (queue->dirty.bits != NULL && queue->config.log_used)
+        dirty_mark(&queue->dirty, queue->config.dirty_used, 6 + 8 * (uint64_t)queue->config.num);
     if (queue->log.region != NULL)
         inflight_commit(&queue->log, count, queue->ring.published);
     COUNT(queue->counters.publishes, 1);

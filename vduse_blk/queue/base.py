@@ -46,6 +46,8 @@ class QueueSetup:
     ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
     ``inflight``: address in this process of the queue's crash log (``inflight_log_bytes``), which outlives the queue; with
     it ``last_avail`` counts for nothing.
+    ``dirty``: (address in this process, bytes) of the log of pages written; changes of the used ring are marked as if it
+    began at IOVA ``dirty_used`` (None: not at all).
     """
 
     index: int
@@ -63,6 +65,8 @@ class QueueSetup:
     last_avail: int | None = 0
     batch: int = 0
     inflight: int = 0
+    dirty: tuple[int, int] | None = None
+    dirty_used: int | None = None
 
 
 def inflight_log_bytes(num: int) -> int:
@@ -161,6 +165,10 @@ class CoreQueue:
         config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
         config.batch = setup.batch
         config.inflight = ffi.cast("void *", setup.inflight)
+        if setup.dirty is not None:
+            config.dirty, config.dirty_bytes = ffi.cast("uint8_t *", setup.dirty[0]), setup.dirty[1]
+        if setup.dirty_used is not None:
+            config.dirty_used, config.log_used = setup.dirty_used, 1
         error = ffi.new("int *")
         created = lib.vb_queue_new(config, self._rules.c, iova.table, error)
         if not created:

@@ -75,6 +75,28 @@ class InflightFile:
         os.close(self.fd)
 
 
+class DirtyLog:
+    """The log of pages a back-end has written, as the front-end keeps it, for guest addresses below ``end``."""
+
+    PAGE = 4096
+
+    def __init__(self, end: int, *, offset: int = 0) -> None:
+        """``offset``: where in the file the log begins."""
+        self.offset, self.size = offset, end // self.PAGE // 8
+        self.fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        os.truncate(self.fd, offset + self.size)
+
+    def take(self) -> set[int]:
+        """Pages marked, as guest addresses; they are marked no longer. Only while nothing is marked."""
+        bits = os.pread(self.fd, self.size, self.offset)
+        os.pwrite(self.fd, bytes(self.size), self.offset)
+        found = {i for i, byte in enumerate(bits) if byte}
+        return {(i * 8 + bit) * self.PAGE for i in found for bit in range(8) if bits[i] >> bit & 1}
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class FakeFrontend:
     """One connection. Questions wait at most ``timeout`` seconds for their answer."""
 
@@ -270,6 +292,12 @@ class FakeFrontend:
     def set_inflight(self, area: InflightFile) -> int:
         payload = struct.pack("=QQHH4x", area.size, area.offset, area.num_queues, area.queue_size)
         return self.tell(Request.SET_INFLIGHT_FD, payload, [area.fd])
+
+    def set_log(self, log: DirtyLog) -> None:
+        """Answered always."""
+        self.send(Request.SET_LOG_BASE, struct.pack("=QQ", log.size, log.offset), [log.fd])
+        answered, _, _ = self.receive()
+        assert answered == Request.SET_LOG_BASE
 
     def backend_message(self) -> int:
         """Wait for a message of the back-end's own; returns its number."""
