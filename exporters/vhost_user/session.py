@@ -25,7 +25,6 @@ Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import socket
@@ -38,12 +37,11 @@ from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
+from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
 from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
-
-log = logging.getLogger("vduse_blk.disk")
 
 MAX_MEM_SLOTS = 509
 """Regions at a time; what the kernel's vhost accepts."""
@@ -102,9 +100,9 @@ class Session:
     """``event_fd`` is the eventfd queues signal when they need ``look_at_queues``."""
 
     def __init__(
-        self, name: str, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
+        self, log: FrontendLog, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
     ) -> None:
-        self._name = name
+        self._log = log
         self._virtio = virtio
         self._factory = factory
         self._event_fd = event_fd
@@ -119,7 +117,7 @@ class Session:
         self._status = 0
         self._backend: socket.socket | None = None
         self._inflight: InflightArea | None = None
-        self._log: SharedArea | None = None
+        self._dirty: SharedArea | None = None
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -272,7 +270,7 @@ class Session:
                 if message.has_fd:
                     vring.kick = fds.pop()
                 else:
-                    log.warning("%s: queue %d has no kick descriptor and is not served", self._name, vring.index)
+                    self._log.warning("queue %d has no kick descriptor and is not served", vring.index)
                 self._settle(vring)
             case Request.SET_VRING_CALL:
                 self._set_call(vring, fds)
@@ -344,7 +342,7 @@ class Session:
         try:
             queue.start(setup, self._iova)
         except OSError as error:
-            log.error("%s: queue %d cannot serve the storage (%s); its requests fail", self._name, vring.index, error)
+            self._log.error("queue %d cannot serve the storage (%s); its requests fail", vring.index, error)
             queue = self._factory.make(vring.index, True)
             queue.start(setup, self._iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
@@ -401,7 +399,7 @@ class Session:
     def _report(self, vring: _Vring, sentence: str) -> None:
         if vring.reported != sentence:
             vring.reported = sentence
-            log.error("%s: %s", self._name, sentence)
+            self._log.error("%s", sentence)
             if vring.err is not None:
                 _signal(vring.err)
 
@@ -482,9 +480,9 @@ class Session:
 
     def _dirty_log(self) -> tuple[int, int] | None:
         """Where queues mark pages, if they are to do so."""
-        if self._log is None or not self._features >> messages.LOG_ALL & 1:
+        if self._dirty is None or not self._features >> messages.LOG_ALL & 1:
             return None
-        return self._log.address(0), self._log.size
+        return self._dirty.address(0), self._dirty.size
 
     def _set_log(self, message: messages.Log, fds: list[int]) -> Reply:
         """Answered always, and when nothing is marked in the old log any more: the front-end then reads it a last time."""
@@ -492,7 +490,7 @@ class Session:
             area = SharedArea(fds[0], message.offset, message.size)
         except OSError as error:
             raise Refused(f"the log of pages cannot be mapped: {error}") from error
-        old, self._log = self._log, area
+        old, self._dirty = self._dirty, area
         self._settle_all()
         if old is not None:
             old.close()
@@ -544,12 +542,12 @@ class Session:
         """Tell the front-end that the configuration space is another now, if it can be told."""
         wanted = ProtocolFeature.CONFIG.mask | ProtocolFeature.BACKEND_REQ.mask
         if self._backend is None or self._protocol & wanted != wanted:
-            log.warning("%s: the front-end cannot be told of the new size; it sees it when it asks again", self._name)
+            self._log.warning("the front-end cannot be told of the new size; it sees it when it asks again")
             return
         try:
             self._backend.send(messages.config_change(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
-            log.warning("%s: the front-end was not told of the new size: %s", self._name, error)
+            self._log.warning("the front-end was not told of the new size: %s", error)
 
     # ---------------------------------------------------------------------------------------------------- end
 
@@ -565,8 +563,8 @@ class Session:
         self._memory.clear()
         if self._inflight is not None:
             self._inflight.close()
-        if self._log is not None:
-            self._log.close()
+        if self._dirty is not None:
+            self._dirty.close()
         if self._backend is not None:
             self._backend.close()
 

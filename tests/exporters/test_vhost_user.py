@@ -1135,6 +1135,17 @@ def test_random_messages_end_no_server(serve: Serve, machine: Machine) -> None:
     assert "bug" not in server.text(), server.text()
 
 
+def test_a_front_end_cannot_fill_the_log(serve: Serve) -> None:
+    """Nonsense a thousand times is some lines, and one that says how many were left out."""
+    server = serve()
+    for _ in range(1000):
+        frontend = FakeFrontend.connect(server.socket)
+        frontend.send(4711)
+        assert frontend.gone()
+        frontend.close()
+    assert 10 < len(server.text().splitlines()) < 100
+
+
 def test_a_broken_ring_is_reported_and_forgotten(serve: Serve, machine: Machine) -> None:
     """A driver that breaks the ring's rules stops its queue; the error descriptor says so, and the next start works."""
     server = serve()
