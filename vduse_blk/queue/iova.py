@@ -216,8 +216,11 @@ class IovaMap:
         if lib.iova_table_check(table) != 0:
             raise OSError(errno.EINVAL, "inconsistent IOVA table")
         self._tables.append(table)
+        oldest = self._generation
         for queue in self._queues:
             queue.set_table(table)
+            oldest = min(oldest, queue.view().table_generation)
+        self._tables = [known for known in self._tables if known.generation >= oldest]
 
     def _wait(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
