@@ -54,9 +54,9 @@ MakeQueue = Callable[[int, bool], Queue]
 
 
 class DeviceServer:
-    """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers. From this thread, ``on_failure`` is called with a
-    sentence when the device or a queue is lost, and ``on_reset`` after a driver has let go. ``inflight``: where queues note
-    what they have in flight, and where ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
+    """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers. From this thread, ``on_failure`` is called with
+    a sentence when the device or a queue is lost, and ``on_reset`` after a driver has let go. ``inflight``: where queues
+    note what they have in flight, and where ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
 
     def __init__(
         self,
@@ -216,6 +216,8 @@ class DeviceServer:
             if not info.ready:
                 continue
             self._unserved.add(index)
+            if self._inflight is not None and not resume and index < self._inflight.queues:
+                self._inflight.forget(index)
             self._setups[index] = QueueSetup(
                 index=index,
                 num=info.num,

@@ -11,7 +11,6 @@ is left.
 from __future__ import annotations
 
 import array
-import logging
 import os
 import select
 import socket
@@ -20,13 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError
 from vduse_blk.exporters.vhost_user.session import Refused, Reply, Session, Totals, add_counters
 
 from vduse_blk.queue import QueueFactory
 from vduse_blk.virtio import VirtioBlkDevice, feature_names
-
-log = logging.getLogger("vduse_blk.disk")
 
 _RECONNECT_SECONDS = 1.0
 _MEMORY_GRACE = 0.2
@@ -47,7 +45,7 @@ class FrontendServer:
         listener: socket.socket | None = None,
         path: str = "",
     ) -> None:
-        self._name = name
+        self._log = FrontendLog(name)
         self._virtio = virtio
         self._factory = factory
         self._on_failure = on_failure
@@ -108,7 +106,7 @@ class FrontendServer:
                     if not self._serve(connection):
                         return
         except Exception as error:
-            log.exception("%s: bug while serving front-ends", self._name)
+            self._log.bug("bug while serving front-ends")
             self._on_failure(f"front-ends are served no longer: {error!r}")
 
     def _next_front_end(self) -> socket.socket | None:
@@ -126,7 +124,7 @@ class FrontendServer:
                     poll.register(self._listener, select.POLLIN)
                     seconds = None
             except OSError as error:  # too many files, say: the listener stays readable, so it must not be waited for
-                log.error("%s: a front-end cannot be accepted: %s", self._name, error)
+                self._log.error("a front-end cannot be accepted: %s", error)
             if connection is not None:
                 connection.setblocking(False)
                 return connection
@@ -147,35 +145,35 @@ class FrontendServer:
             connection.connect(self._path)
         except OSError as error:
             connection.close()
-            log.debug("%s: no front-end at %s: %s", self._name, self._path, error)
+            self._log.debug("no front-end at %s: %s", self._path, error)
             return None
         return connection
 
     def _serve(self, connection: socket.socket) -> bool:
         """One front-end, from its first message to its last. False: it is time to end."""
-        session = Session(self._name, self._virtio, self._factory, self._event_fd, self._totals)
+        session = Session(self._log, self._virtio, self._factory, self._event_fd, self._totals)
         self.peer = _pid_of(connection)
         self._session = session
-        log.info("%s: front-end connected (process %s)", self._name, self.peer)
+        self._log.info("front-end connected (process %s)", self.peer)
         try:
-            return _Conversation(connection, session, self._name).run(self._event_fd, self._config_fd, self._stop_fd)
+            return _Conversation(connection, session, self._log).run(self._event_fd, self._config_fd, self._stop_fd)
         except Exception:
-            log.exception("%s: bug while serving a front-end, which is left", self._name)
+            self._log.bug("bug while serving a front-end, which is left")
             return True
         finally:
             session.close()
             self._session = None
             self.peer = None
-            log.info("%s: front-end gone", self._name)
+            self._log.info("front-end gone")
 
 
 class _Conversation:
     """The messages of one connection."""
 
-    def __init__(self, connection: socket.socket, session: Session, name: str) -> None:
+    def __init__(self, connection: socket.socket, session: Session, log: FrontendLog) -> None:
         self._connection = connection
         self._session = session
-        self._name = name
+        self._log = log
         self._assembler = Assembler()
         self._fds: list[int] = []
         """Came with the bytes of the present message."""
@@ -205,9 +203,9 @@ class _Conversation:
                 elif not ready:
                     waiting = self._session.look_at_queues(memory_may_come=False)
         except (ProtocolError, Refused) as error:
-            log.error("%s: the front-end is left: %s", self._name, error)
+            self._log.error("the front-end is left: %s", error)
         except OSError as error:
-            log.error("%s: the front-end is lost: %s", self._name, error)
+            self._log.error("the front-end is lost: %s", error)
         finally:
             self._close_fds()
         return True
@@ -231,7 +229,7 @@ class _Conversation:
             raise ProtocolError(f"more than {messages.MAX_FDS} descriptors with one message")
         if not data:
             if not self._assembler.idle:
-                log.error("%s: the front-end left in the middle of a message", self._name)
+                self._log.error("the front-end left in the middle of a message")
             return False
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError(f"more than {messages.MAX_FDS} descriptors, or more than we may have open")
@@ -242,22 +240,26 @@ class _Conversation:
 
     def _obey(self, number: int, flags: int, payload: bytes) -> None:
         message = messages.decode(number, flags, payload, len(self._fds))
-        log.debug("%s: %s", self._name, message)
+        self._log.debug("%s", message)
         try:
             reply = self._session.handle(message, self._fds)
         except Refused as error:
             reply = self._session.refusal(message)
             if reply is None:
                 raise
-            log.warning("%s: %s refused: %s", self._name, message.request.name, error)
+            self._log.warning("%s refused: %s", message.request.name, error)
         self._close_fds()
         if reply is not None:
             self._send(reply)
 
     def _send(self, reply: Reply) -> None:
         ancillary = [] if reply.fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fd]))]
-        if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
-            raise ProtocolError("it does not read its answers")
+        try:
+            if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
+                raise ProtocolError("it does not read its answers")
+        finally:
+            if reply.fd is not None:
+                os.close(reply.fd)
 
     def _close_fds(self) -> None:
         while self._fds:

@@ -25,7 +25,6 @@ Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import socket
@@ -37,12 +36,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
+from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
-from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region
+from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
-
-log = logging.getLogger("vduse_blk.disk")
 
 MAX_MEM_SLOTS = 509
 """Regions at a time; what the kernel's vhost accepts."""
@@ -56,7 +55,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Reply:
-    """Bytes to send, and a descriptor to send with them (which stays the session's)."""
+    """Bytes to send, and a descriptor to send with them and then to close."""
 
     data: bytes
     fd: int | None = None
@@ -101,9 +100,9 @@ class Session:
     """``event_fd`` is the eventfd queues signal when they need ``look_at_queues``."""
 
     def __init__(
-        self, name: str, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
+        self, log: FrontendLog, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
     ) -> None:
-        self._name = name
+        self._log = log
         self._virtio = virtio
         self._factory = factory
         self._event_fd = event_fd
@@ -117,13 +116,15 @@ class Session:
         self._protocol = 0
         self._status = 0
         self._backend: socket.socket | None = None
+        self._inflight: InflightArea | None = None
+        self._dirty: SharedArea | None = None
 
     # ------------------------------------------------------------------------------------------ what it is told
 
     @property
     def features(self) -> int:
         """Feature bits that are offered: the device's, and vhost-user's own."""
-        return self._virtio.offered | 1 << messages.PROTOCOL_FEATURES
+        return self._virtio.offered | 1 << messages.PROTOCOL_FEATURES | 1 << messages.LOG_ALL
 
     @property
     def protocol_features(self) -> int:
@@ -171,6 +172,12 @@ class Session:
                 return self._get_config(message)
             case messages.Config():
                 self._set_config(message)
+            case messages.Inflight() if message.request is Request.GET_INFLIGHT_FD:
+                return self._get_inflight(message)
+            case messages.Inflight():
+                self._set_inflight(message, fds)
+            case messages.Log():
+                return self._set_log(message, fds)
             case messages.Number():
                 self._set_number(message.request, message.value)
             case _:
@@ -216,6 +223,8 @@ class Session:
                 self._reset_device()
             case Request.SET_BACKEND_REQ_FD:
                 self._set_backend(fds)
+            case Request.SET_LOG_FD:
+                pass  # an eventfd for every page marked: front-ends look at the log when they want to know
             case _:
                 raise Refused("not supported")
         return None
@@ -261,7 +270,7 @@ class Session:
                 if message.has_fd:
                     vring.kick = fds.pop()
                 else:
-                    log.warning("%s: queue %d has no kick descriptor and is not served", self._name, vring.index)
+                    self._log.warning("queue %d has no kick descriptor and is not served", vring.index)
                 self._settle(vring)
             case Request.SET_VRING_CALL:
                 self._set_call(vring, fds)
@@ -285,6 +294,7 @@ class Session:
         wanted = self._wanted(vring)
         if vring.queue is not None and wanted != vring.setup:
             self._stop(vring)
+            wanted = self._wanted(vring)  # from where it has stopped
         if vring.queue is None and wanted is not None:
             self._start(vring, wanted)
 
@@ -316,6 +326,9 @@ class Session:
             event_idx=bool(self._features & Feature.EVENT_IDX.mask),
             indirect=bool(self._features & Feature.INDIRECT_DESC.mask),
             seg_max=self._virtio.limits.seg_max,
+            inflight=0 if self._inflight is None else self._inflight.address(vring.index, vring.num),
+            dirty=self._dirty_log(),
+            dirty_used=vring.addr.log if vring.addr.flags & messages.VRING_LOG else None,
         )
 
     def _guest_address(self, user: int) -> int | None:
@@ -329,7 +342,7 @@ class Session:
         try:
             queue.start(setup, self._iova)
         except OSError as error:
-            log.error("%s: queue %d cannot serve the storage (%s); its requests fail", self._name, vring.index, error)
+            self._log.error("queue %d cannot serve the storage (%s); its requests fail", vring.index, error)
             queue = self._factory.make(vring.index, True)
             queue.start(setup, self._iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
@@ -386,7 +399,7 @@ class Session:
     def _report(self, vring: _Vring, sentence: str) -> None:
         if vring.reported != sentence:
             vring.reported = sentence
-            log.error("%s: %s", self._name, sentence)
+            self._log.error("%s", sentence)
             if vring.err is not None:
                 _signal(vring.err)
 
@@ -455,11 +468,66 @@ class Session:
         if message.data[0] > 1:
             raise Refused(f"wce: {message.data[0]}; accepted are 0 and 1")
         self._virtio.writeback = message.data[0] == 1
+        if self._inflight is not None:
+            self._inflight.writeback = self._virtio.writeback
         self._set_cache_mode()
 
     def _set_cache_mode(self) -> None:
         """Firmware and old drivers know no flush: to them a completed write is durable, so it must be."""
         self._factory.rules.set_writethrough(self._virtio.is_writethrough(self.negotiated))
+
+    # ------------------------------------------------------------------------------------------- pages written
+
+    def _dirty_log(self) -> tuple[int, int] | None:
+        """Where queues mark pages, if they are to do so."""
+        if self._dirty is None or not self._features >> messages.LOG_ALL & 1:
+            return None
+        return self._dirty.address(0), self._dirty.size
+
+    def _set_log(self, message: messages.Log, fds: list[int]) -> Reply:
+        """Answered always, and when nothing is marked in the old log any more: the front-end then reads it a last time."""
+        try:
+            area = SharedArea(fds[0], message.offset, message.size)
+        except OSError as error:
+            raise Refused(f"the log of pages cannot be mapped: {error}") from error
+        old, self._dirty = self._dirty, area
+        self._settle_all()
+        if old is not None:
+            old.close()
+        return Reply(messages.number_reply(message.request, 0))
+
+    # ----------------------------------------------------------------------------------------- requests in flight
+
+    def _get_inflight(self, message: messages.Inflight) -> Reply:
+        """A fresh area, for a driver that starts anew."""
+        if not 1 <= message.num_queues <= len(self._vrings) or not 1 <= message.queue_size <= _RING_MAX:
+            raise Refused(f"{message.num_queues} queues of {message.queue_size} entries")
+        self._virtio.writeback = True
+        self._set_cache_mode()
+        fd = create_area(message.num_queues, message.queue_size)
+        size = area_bytes(message.num_queues, message.queue_size)
+        return Reply(messages.inflight_reply(message, size), fd)
+
+    def _set_inflight(self, message: messages.Inflight, fds: list[int]) -> None:
+        """The area to use, perhaps with what a dead server has left in it."""
+        try:
+            area = InflightArea(
+                fds[0],
+                size=message.mmap_size,
+                offset=message.mmap_offset,
+                num_queues=message.num_queues,
+                queue_size=message.queue_size,
+            )
+        except (OSError, ValueError) as error:
+            raise Refused(f"the area for requests in flight cannot be used: {error}") from error
+        for vring in self._vrings:
+            self._stop(vring)
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = area
+        self._virtio.writeback = area.writeback
+        self._set_cache_mode()
+        self._settle_all()
 
     def _set_backend(self, fds: list[int]) -> None:
         if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
@@ -474,12 +542,12 @@ class Session:
         """Tell the front-end that the configuration space is another now, if it can be told."""
         wanted = ProtocolFeature.CONFIG.mask | ProtocolFeature.BACKEND_REQ.mask
         if self._backend is None or self._protocol & wanted != wanted:
-            log.warning("%s: the front-end cannot be told of the new size; it sees it when it asks again", self._name)
+            self._log.warning("the front-end cannot be told of the new size; it sees it when it asks again")
             return
         try:
             self._backend.send(messages.config_change(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
-            log.warning("%s: the front-end was not told of the new size: %s", self._name, error)
+            self._log.warning("the front-end was not told of the new size: %s", error)
 
     # ---------------------------------------------------------------------------------------------------- end
 
@@ -493,6 +561,10 @@ class Session:
                 os.close(vring.err)
         self._iova.close()
         self._memory.clear()
+        if self._inflight is not None:
+            self._inflight.close()
+        if self._dirty is not None:
+            self._dirty.close()
         if self._backend is not None:
             self._backend.close()
 

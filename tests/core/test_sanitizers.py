@@ -53,7 +53,8 @@ def test_corpus_is_clean() -> None:
 def test_corpus_has_the_seeds() -> None:
     """The corpus holds exactly what seeds.py writes, and stays small."""
     seeds = load("seeds.py")
-    for target, expected in (("queue", seeds.queue_seeds()), ("iova", seeds.iova_seeds())):
+    made = {"queue": seeds.queue_seeds(), "iova": seeds.iova_seeds(), "inflight": seeds.inflight_seeds()}
+    for target, expected in made.items():
         found = {path.name: path.read_bytes() for path in (FUZZ / "corpus" / target).glob("seed-*")}
         assert found == expected, "run python tests/fuzz/seeds.py"
     files = [path for path in (FUZZ / "corpus").rglob("*") if path.is_file()]

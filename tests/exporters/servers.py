@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vduse_blk import control
-from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory
+from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -119,13 +119,16 @@ class Machine:
         for queue in self.queues:
             queue.close()
 
-    def boot(self, server: Server, **negotiate: Any) -> FakeFrontend:
-        """Connect and start all queues."""
+    def boot(self, server: Server, *, inflight: InflightFile | None = None, **negotiate: Any) -> FakeFrontend:
+        """Connect and start all queues. ``inflight``: they ran before, with another server; as QEMU, which knows where the
+        used ring stands and nothing else."""
         frontend = FakeFrontend.connect(server.socket)
         frontend.negotiate(**negotiate)
+        if inflight is not None:
+            assert frontend.set_inflight(inflight) == 0
         assert frontend.set_memory(*(queue.region for queue in self.queues)) == 0
         for index, queue in enumerate(self.queues):
-            frontend.start_queue(index, queue)
+            frontend.start_queue(index, queue, base=0 if inflight is None else queue.used_idx())
         return frontend
 
 

@@ -22,7 +22,7 @@ from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature
 
 from vduse_blk.control import ControlError, Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
-from vduse_blk.testing.frontend import USER_OFFSET, FakeFrontend, FrontendQueue, GuestMemory
+from vduse_blk.testing.frontend import LOG_ALL, USER_OFFSET, DirtyLog, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.virtio import Feature
 
 Serve = Callable[..., Server]
@@ -671,6 +671,230 @@ def test_a_reset_status_or_owner_stops_the_queues(serve: Serve, machine: Machine
     frontend.close()
 
 
+# ------------------------------------------------------------------------------------------- crash and successor
+
+
+def marks(area: InflightFile) -> int:
+    """Requests in flight of all queues, as the specification's layout has them."""
+    stride = (16 + 16 * area.queue_size + 63) // 64 * 64
+    content = os.pread(area.fd, area.size, area.offset)
+    return sum(
+        content[queue * stride + 16 + 16 * head] for queue in range(area.num_queues) for head in range(area.queue_size)
+    )
+
+
+@both_paths
+def test_a_killed_server_loses_nothing(serve: Serve, path: str) -> None:
+    """Killed again and again under load on two queues; each time the next server finishes what was in flight. Every request
+    is answered once and with success, and the storage holds what was written."""
+    server = serve(path=path, queues=2)
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(2, 128)
+    frontend.close()
+    until_alone(server)
+    frontend = machine.boot(server, inflight=area)
+    chance = random.Random(9)
+    turns = found = 0
+    written: dict[int, bytes] = {}
+    while turns < 8 or found == 0:
+        turns += 1
+        assert turns < 60, "no death has found a request in flight"
+        requests = []
+        for number, queue in enumerate(machine.queues):
+            for i in range(14):
+                sector = (number * 64 + i) * 32
+                written[sector] = noise(16384, turns * 100 + number * 50 + i)
+                requests.append((queue, queue.request(OUT, sector, out=written[sector], pieces=3)))
+            queue.kick(force=True)
+        time.sleep(chance.random() * 0.003)
+        server.kill()
+        found += marks(area)
+        frontend.close()
+        server.start()
+        frontend = machine.boot(server, inflight=area)
+        for queue, request in requests:
+            while request.status is None:
+                queue.collect(20)
+            assert request.status == OK
+        for queue in machine.queues:
+            queue.reset_heap()
+        for sector, data in written.items():
+            assert image(server, sector * 512, len(data)) == data
+    assert marks(area) == 0
+    frontend.close()
+    area.close()
+    machine.close()
+
+
+@both_paths
+def test_a_disconnection_finishes_what_was_in_flight(serve: Serve, machine: Machine, path: str) -> None:
+    """The server lives and the connection is cut: nothing is left to do again, and the next connection goes on."""
+    server = serve(path=path)
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, machine.queue.num)
+    assert frontend.set_inflight(area) == 0
+    for turn in range(5):
+        requests = [machine.queue.request(IN, 8 * i, into=4096) for i in range(10)]
+        machine.queue.kick(force=True)
+        frontend.close()
+        until_alone(server)
+        assert marks(area) == 0
+        frontend = machine.boot(server, inflight=area)
+        machine.queue.run(*requests)
+        assert [request.status for request in requests] == [OK] * 10, turn
+        machine.queue.reset_heap()
+    frontend.close()
+    area.close()
+
+
+def test_a_successor_keeps_the_cache_mode(serve: Serve, machine: Machine) -> None:
+    """A driver that has switched the cache off does not flush; a server that did not know would lose its data."""
+    server = serve()
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, machine.queue.num)
+    assert frontend.set_inflight(area) == 0
+    assert frontend.set_config(32, b"\0") == 0
+    server.kill()
+    frontend.close()
+    server.start()
+    frontend = machine.boot(server, inflight=area)
+    assert frontend.config(32, 1) == b"\0"
+    fresh = frontend.get_inflight(1, machine.queue.num)  # a machine that was reset
+    assert frontend.set_inflight(fresh) == 0
+    assert frontend.config(32, 1) == b"\1"
+    frontend.close()
+    area.close()
+    fresh.close()
+
+
+def test_areas_that_cannot_be_are_refused(serve: Serve, machine: Machine) -> None:
+    """Too small, beyond the file, no memory at all; the queue goes on with what it had."""
+    server = serve()
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, 64)
+    assert frontend.set_inflight(area) == 0
+    exercise(machine.queue, server)
+    for changes in ({"size": 64}, {"offset": 4096}, {"num_queues": 100}, {"queue_size": 32768}, {"size": 2**63}):
+        bad = InflightFile(area.fd, area.size, area.offset, area.num_queues, area.queue_size)
+        for name, value in changes.items():
+            setattr(bad, name, value)
+        assert frontend.set_inflight(bad) == 1, changes
+    exercise(machine.queue, server, seed=2)
+    with pytest.raises(OSError, match="Operation not permitted"):
+        os.ftruncate(area.fd, 0)
+    frontend.close()
+    area.close()
+
+
+# ----------------------------------------------------------------------------------------------------- migration
+
+
+def pages_of(*buffers: tuple[int, int]) -> set[int]:
+    """Guest addresses of the pages that (address, length) pieces touch."""
+    return {page for start, length in buffers for page in range(start // 4096 * 4096, start + length, 4096)}
+
+
+@both_paths
+def test_every_page_written_is_logged(serve: Serve, machine: Machine, path: str) -> None:
+    """With F_LOG_ALL the pages of read data, status bytes and the used ring are marked, and no other; without, none is."""
+    server = serve(path=path)
+    queue = machine.queue
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + GAP, offset=4096)
+    chance = random.Random(4)
+
+    def load() -> tuple[set[int], set[int]]:
+        """Pages that have changed although the driver did not write there; pages which the device may write."""
+        queue.reset_heap()
+        requests = []
+        for i in range(8):
+            data = noise(20000 // 512 * 512, chance.getrandbits(30))
+            queue.alloc(1, 4096)  # nothing that is read shares a page with what is written
+            requests.append(queue.request(OUT, 64 * i, out=data, pieces=3, offer=False))
+            queue.alloc(1, 4096)
+            requests.append(queue.request(IN, 64 * i + 3, into=chance.randrange(1, 80) * 512, pieces=4, offer=False))
+        before = queue.get(queue.base, len(queue.memory))
+        for request in requests:
+            queue.offer(request.head)
+        queue.kick()
+        for request in requests:
+            while request.status is None:
+                queue.collect()
+            assert request.status == OK
+        after = queue.get(queue.base, len(queue.memory))
+        changed = {
+            queue.base + at for at in range(0, len(after), 4096) if before[at : at + 4096] != after[at : at + 4096]
+        } - pages_of((queue.avail, 6 + 2 * queue.num))
+        buffers = [(buffer.iova, buffer.length) for request in requests for buffer in request.data]
+        statuses = [(request.status_iova, 1) for request in requests]
+        return changed, pages_of(*buffers, *statuses, (queue.used, 6 + 8 * queue.num))
+
+    load()
+    frontend.set_log(log)
+    load()
+    assert log.take() == set()
+    assert frontend.set_features(frontend.features | LOG_ALL) == 0
+    assert frontend.set_addr(0, queue, flags=1) == 0
+    for _ in range(4):
+        changed, may = load()
+        marked = log.take()
+        assert changed <= marked <= may
+        assert len(changed) > 20
+
+    other = DirtyLog(BASE + GAP)
+    frontend.set_log(other)
+    changed, may = load()
+    assert log.take() == set()
+    assert changed <= other.take() <= may
+
+    assert frontend.set_features(frontend.features & ~LOG_ALL) == 0
+    assert frontend.set_addr(0, queue) == 0
+    load()
+    assert other.take() == set()
+    frontend.close()
+    log.close()
+    other.close()
+
+
+def test_the_used_ring_is_logged_where_the_front_end_says(serve: Serve, machine: Machine) -> None:
+    """The log address of a ring need not be its guest address; without the ring's flag its changes are not marked."""
+    server = serve()
+    queue = machine.queue
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + GAP)
+    frontend.set_log(log)
+    frontend.set_features(frontend.features | LOG_ALL)
+    request = queue.request(IN, 0, into=512)
+    queue.run(request)
+    data = pages_of((request.data[0].iova, 512), (request.status_iova, 1))
+    assert log.take() == data
+    addresses = (queue.desc + USER_OFFSET, queue.used + USER_OFFSET, queue.avail + USER_OFFSET, 0x5000)
+    payload = struct.pack("=IIQQQQ", 0, 1, *addresses)
+    assert frontend.tell(Request.SET_VRING_ADDR, payload) == 0
+    request = queue.request(IN, 0, into=512)
+    queue.run(request)
+    assert log.take() == pages_of((request.data[0].iova, 512), (request.status_iova, 1), (0x5000, 1))
+    frontend.close()
+    log.close()
+
+
+def test_a_log_that_is_too_short_is_not_overrun(serve: Serve, machine: Machine) -> None:
+    """Pages beyond the log are not marked; nothing is written behind it."""
+    server = serve()
+    frontend = machine.boot(server)
+    log = DirtyLog(BASE + 8 * 4096)
+    os.truncate(log.fd, log.size + 65536)
+    frontend.set_log(log)
+    frontend.set_features(frontend.features | LOG_ALL)
+    frontend.set_addr(0, machine.queue, flags=1)
+    exercise(machine.queue, server)
+    assert os.pread(log.fd, 65536, log.size) == bytes(65536)
+    assert log.take()
+    frontend.close()
+    log.close()
+
+
 # --------------------------------------------------------------------------------------------- configuration
 
 
@@ -909,6 +1133,17 @@ def test_random_messages_end_no_server(serve: Serve, machine: Machine) -> None:
     until_alone(server)
     assert server.open_fds() == before
     assert "bug" not in server.text(), server.text()
+
+
+def test_a_front_end_cannot_fill_the_log(serve: Serve) -> None:
+    """Nonsense a thousand times is some lines, and one that says how many were left out."""
+    server = serve()
+    for _ in range(1000):
+        frontend = FakeFrontend.connect(server.socket)
+        frontend.send(4711)
+        assert frontend.gone()
+        frontend.close()
+    assert 10 < len(server.text().splitlines()) < 100
 
 
 def test_a_broken_ring_is_reported_and_forgotten(serve: Serve, machine: Machine) -> None:

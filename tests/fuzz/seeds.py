@@ -221,8 +221,24 @@ def iova_seeds() -> dict[str, bytes]:
     return seeds
 
 
+def inflight_seeds() -> dict[str, bytes]:
+    chance = random.Random(2)
+    seeds = {}
+    for i in range(8):
+        code = bytearray([chance.randrange(31)]) + struct.pack("<H", chance.choice([0, 7, 65530])) + bytes([i % 2])
+        code += chance.randbytes(600)
+        seeds[f"seed-{i}"] = bytes(code)
+    steps = bytes([14, 0, 0, 0])
+    for head in (3, 1, 7, 5):
+        steps += bytes([head, 0])
+    steps += bytes([7, 3, 3, 3, 0, 5, 0])  # answered, published, and dead before it is unmarked
+    steps += bytes([7, 0, 1, 3, 0, 6, 1, 0, 5, 1])
+    seeds["seed-death"] = steps
+    return seeds
+
+
 def main() -> None:
-    for target, seeds in (("queue", queue_seeds()), ("iova", iova_seeds())):
+    for target, seeds in (("queue", queue_seeds()), ("iova", iova_seeds()), ("inflight", inflight_seeds())):
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("seed-*"):

@@ -117,8 +117,8 @@ class Stack:
         return self._info
 
     async def resize(self, size: int) -> BlockInfo:
-        """Grow the disk to ``size`` bytes, and the storage unless its owner has. Raises UserError; then the disk is as it was,
-        even if the storage is not."""
+        """Grow the disk to ``size`` bytes, and the storage unless its owner has. Raises UserError; then the disk is as it
+        was, even if the storage is not."""
         self._check_open()
         info = self._info
         if size <= 0 or size % info.logical_block_size:

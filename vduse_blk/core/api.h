@@ -85,6 +85,15 @@ struct vring_chain {
     struct vring_seg segs[260];
 };
 
+/* ---- inflight.c: the crash log --------------------------------------------------------------------------------- */
+
+/* Bytes of the log of a queue: INFLIGHT_HEADER_BYTES + entries * INFLIGHT_DESC_BYTES. All zeros: fresh. */
+enum { INFLIGHT_HEADER_BYTES = 16, INFLIGHT_DESC_BYTES = 16 };
+
+/* ---- dirty.c: the log of pages written -------------------------------------------------------------------------- */
+
+enum { DIRTY_PAGE = 4096 };
+
 /* ---- vblk.c: virtio-blk requests ------------------------------------------------------------------------------- */
 
 enum vblk_op {
@@ -143,9 +152,6 @@ struct vb_target {
     uint8_t *lost;            /* FILE: shared by all queues of the disk; not 0 once a flush has failed. NULL = may be retried */
 };
 
-/* Bytes of the in-flight log of a queue of `num` entries. */
-size_t inflight_size(uint16_t num);
-
 struct vb_queue_config {
     uint32_t index;
     uint32_t num; /* ring entries, a power of two */
@@ -161,12 +167,15 @@ struct vb_queue_config {
     uint32_t notify_kind;
     int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
     uint32_t batch;   /* requests per publish, 0 = default */
-    /*
-     * In-flight log, inflight_size(num) bytes, aligned to 8, that outlive the queue; NULL: none is kept. With VB_RESUME what it
-     * marks is done again, oldest first. Without a log, or with one that is not of this ring, VB_RESUME begins where the
-     * used ring stands, which is right only if requests were answered in the order they came.
-     */
+    /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With it the queue begins behind what the log and
+     * the used ring know of, whatever last_avail says, after doing again what was popped and not answered. */
     void *inflight;
+    /* Log of the pages written, a bit per DIRTY_PAGE bytes of IOVA from 0; NULL = none. Where log_used is not 0, changes to
+     * the used ring are marked as if the ring began at dirty_used. */
+    uint8_t *dirty;
+    uint64_t dirty_bytes;
+    uint64_t dirty_used;
+    uint64_t log_used;
 };
 
 enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };
@@ -240,6 +249,10 @@ struct vb_done {
     uint16_t head;
     uint16_t status; /* enum vblk_status */
 };
+
+/* Queue: not 0 while requests found in the crash log are still to be popped, and can be. Whoever stops a queue pops them
+ * first: the next avail index says that they were. */
+int vb_queue_replaying(const struct vb_queue *queue);
 
 /*
  * Plugin: pop and parse up to `room` requests; those that need no storage are answered on the way. Returns their

@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = (
     "iova.c",
     "vring_split.c",
+    "dirty.c",
     "vblk.c",
     "inflight.c",
     "queue.c",

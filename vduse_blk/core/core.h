@@ -75,9 +75,6 @@ void vring_rebind(struct vring *ring, void *desc, void *avail, void *used);
  */
 enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
                                 struct vring_seg *unmapped);
-/* The chain of a head that was popped before: results as of vring_pop, but EMPTY; nothing is consumed. */
-enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
-                                     struct vring_chain *chain, struct vring_seg *unmapped);
 /* Give back the entry just popped (its memory is not mapped yet): the next pop returns it again. */
 void vring_unpop(struct vring *ring);
 void vring_push(struct vring *ring, uint16_t head, uint32_t length);
@@ -91,32 +88,36 @@ void vring_disable_kick(struct vring *ring);
 /* Entries the driver has made available and we have not popped, at most num. */
 uint16_t vring_pending(struct vring *ring);
 
-/* ---- in-flight log: layout of vhost-user's inflight region of a split virtqueue ---- */
+/* The chain of `head`, which was popped before: as vring_pop, without the avail ring. */
+enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
+                                     struct vring_chain *chain, struct vring_seg *unmapped);
 
-struct inflight_entry {
-    uint8_t inflight; /* popped, and its answer is not published */
-    uint8_t padding[5];
-    uint16_t next;    /* the head chained before this one */
-    uint64_t counter; /* order of the pops */
-};
-struct inflight {
-    uint64_t features;
-    uint16_t version;  /* 0: never used */
-    uint16_t desc_num;
-    uint16_t last_batch_head;
-    uint16_t used_idx; /* used.idx up to which flags are cleared */
-    struct inflight_entry entries[];
-};
-_Static_assert(sizeof(struct inflight) == 16 && sizeof(struct inflight_entry) == 16, "vhost-user inflight region");
+/* ---- crash log ---- */
 
-void inflight_reset(struct inflight *log, uint16_t num, uint16_t used_idx);
-/* Whether the log was kept for a ring of this size. */
-bool inflight_is_of(const struct inflight *log, uint16_t num);
-void inflight_mark(struct inflight *log, uint16_t head, uint64_t counter);
-void inflight_chain(struct inflight *log, uint16_t head);
-void inflight_published(struct inflight *log, uint16_t num, uint16_t used_idx);
-/* Bring a dead server's log up to date with used.idx; fills `heads` (room for num) with what is marked, oldest first. */
-uint16_t inflight_recover(struct inflight *log, uint16_t num, uint16_t used_idx, uint16_t *heads);
+struct inflight_region;
+struct inflight { /* owner: the queue thread */
+    struct inflight_region *region; /* NULL: none */
+    uint16_t num;
+    uint64_t counter; /* of the next request popped */
+};
+
+/*
+ * Begin with what `memory` holds and the ring's used.idx. Fills heads (room for num) with what was popped and not published,
+ * in the order of popping, and returns their number.
+ */
+uint16_t inflight_recover(struct inflight *log, void *memory, uint16_t num, uint16_t used_idx, uint16_t *heads);
+void inflight_mark(struct inflight *log, uint16_t head);
+void inflight_push(struct inflight *log, uint16_t head);
+/* The last `count` heads pushed are published, used.idx is `used_idx`. */
+void inflight_commit(struct inflight *log, uint16_t count, uint16_t used_idx);
+
+/* ---- pages written ---- */
+
+struct dirty_log {
+    uint8_t *bits; /* NULL: none */
+    uint64_t bytes;
+};
+void dirty_mark(const struct dirty_log *log, uint64_t address, uint64_t length);
 
 /* ---- requests ---- */
 
@@ -135,6 +136,8 @@ struct vblk_req {
     struct vb_iov *iov;   /* arena, iov_room pieces */
     uint32_t iov_room;
     struct vblk_range *ranges; /* arena, VBLK_RANGES_MAX */
+    struct vring_seg *written; /* arena, VRING_CHAIN_MAX: the device-writable segments; only where pages are logged */
+    uint16_t written_count;
     /* execution, owned by the target */
     uint32_t step;      /* first iov piece or range not yet done */
     uint64_t progress;  /* bytes done of the whole (read, write) or of the present range */
@@ -168,18 +171,18 @@ struct vb_queue {
     struct vb_iov *iov_arena;   /* num * iov_room */
     struct vblk_range *range_arena;
     uint32_t iov_room;
+    struct dirty_log dirty;
+    struct vring_seg *written_arena; /* num * VRING_CHAIN_MAX */
+    struct inflight log;
+    uint16_t *replay;      /* num: heads to do again, found in the log */
+    uint16_t replay_count;
+    uint16_t replay_next;
     uint32_t inflight; /* queue: equals pops minus pushes; if it drifts, stop never ends */
     struct vb_counters counters;
     struct vring_chain chain; /* queue: scratch, 4 KiB, too large for comfort on a stack */
     struct vring_seg missed;  /* queue: what the last miss asked for */
     bool missed_valid;
     int wake_fd;
-    /* queue: the in-flight log, or NULL; heads to do again, [replay_next, replay_count) of num */
-    struct inflight *log;
-    uint64_t log_counter;
-    uint16_t *replay;
-    uint16_t replay_next;
-    uint16_t replay_count;
     /* read by control */
     _Atomic uint32_t state;
     _Atomic uint32_t fault;

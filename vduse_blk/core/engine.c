@@ -73,7 +73,7 @@ static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int resul
 static void serve_sync(struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
-    while (!atomic_load(&queue->stopping)) {
+    while (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) {
         bool again = false;
         if (queue_ready(queue)) {
             uint64_t bytes = 0;
@@ -184,9 +184,9 @@ static void serve_uring(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     engine->arm_kick = true;
     engine->arm_wake = true;
-    while (!atomic_load(&queue->stopping) || queue->inflight != 0) {
+    while (!atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue)) {
         bool more = false;
-        bool ready = !atomic_load(&queue->stopping) && queue_ready(queue);
+        bool ready = (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue);
         if (ready) {
             vring_disable_kick(&queue->ring);
             more = fetch_chunk(engine);

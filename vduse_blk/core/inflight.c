@@ -1,89 +1,106 @@
 /*
- * The in-flight log of one split virtqueue: which heads were popped and not yet answered, in memory that survives the
- * process. The layout is that of vhost-user (specification, "Inflight I/O tracking", split virtqueue), so one code serves a
- * file of ours and a buffer of a front-end's. Pure; nothing in it is trusted.
+ * The crash log of a split virtqueue: which heads were popped and are not answered, in memory that outlives this process.
+ * Layout and order of the stores are those of the vhost-user specification ("Inflight I/O tracking"), so that the front-end
+ * may be any. Pure.
  *
- *   pop       mark: flag and counter of the head
- *   push      chain: the head joins the batch (last_batch_head, next)
- *   publish   used.idx moves, then clear: flags of the batch, then used_idx of the log
+ *   popped      counter, then inflight = 1           inflight_mark, before anything is done for the request
+ *   answered    linked into the batch's list         inflight_push, before its used element is visible
+ *   published   inflight = 0, then used_idx          inflight_commit, after used.idx
  *
- * Killed between used.idx and the end of clear, the batch is known by the difference of the two indices and cleared again;
- * killed anywhere else, a head is marked exactly if its answer is not published. What is marked is done again: every
- * request of a disk may be repeated as long as it has not been answered. Marks are made in the order of the available
- * ring, so the successor pops on at used.idx plus the number of marked heads.
+ * A death between two of these stores leaves: not marked = not popped; marked = to be done again, which is harmless; or
+ * used.idx beyond the log's used_idx: then the last used.idx - used_idx heads of the list were published, and their marks
+ * go. Heads are marked in the order of the avail ring, so what was popped is used.idx plus the number of marks.
  *
- * A killed process loses no store it has executed; only the compiler must not reorder them, hence releases.
+ * The memory is shared with the front-end: nothing read from it is used as an index unchecked, and every loop is bounded.
+ *
+ * Not handled: packed rings.
  */
 #include "core.h"
 
 enum { INFLIGHT_VERSION = 1 };
 
-#define RELEASE_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+struct inflight_desc {
+    uint8_t inflight;
+    uint8_t padding[5];
+    uint16_t next;    /* the head answered before this one */
+    uint64_t counter; /* when it was popped */
+};
 
-size_t inflight_size(uint16_t num)
-{
-    return sizeof(struct inflight) + (size_t)num * sizeof(struct inflight_entry);
-}
+struct inflight_region {
+    uint64_t features;
+    uint16_t version; /* 0: fresh */
+    uint16_t desc_num;
+    uint16_t last_batch_head;
+    uint16_t used_idx;
+    struct inflight_desc desc[];
+};
+_Static_assert(sizeof(struct inflight_desc) == INFLIGHT_DESC_BYTES, "vhost-user DescStateSplit");
+_Static_assert(sizeof(struct inflight_region) == INFLIGHT_HEADER_BYTES, "vhost-user QueueRegionSplit");
 
-void inflight_reset(struct inflight *log, uint16_t num, uint16_t used_idx)
-{
-    memset(log, 0, inflight_size(num));
-    log->desc_num = num;
-    log->used_idx = used_idx;
-    RELEASE_STORE(&log->version, (uint16_t)INFLIGHT_VERSION);
-}
+/* Stores of one process are seen in order by whoever maps the memory after its death; the compiler must keep it, too. */
+#define ORDERED_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
-bool inflight_is_of(const struct inflight *log, uint16_t num)
+/* Unmark the last `count` heads of the list. */
+static void unmark(struct inflight *log, uint16_t count)
 {
-    return GUEST_LOAD(&log->version) == INFLIGHT_VERSION && GUEST_LOAD(&log->desc_num) == num;
-}
-
-void inflight_mark(struct inflight *log, uint16_t head, uint64_t counter)
-{
-    GUEST_STORE(&log->entries[head].counter, counter);
-    RELEASE_STORE(&log->entries[head].inflight, (uint8_t)1);
-}
-
-void inflight_chain(struct inflight *log, uint16_t head)
-{
-    GUEST_STORE(&log->entries[head].next, GUEST_LOAD(&log->last_batch_head));
-    RELEASE_STORE(&log->last_batch_head, head);
-}
-
-/* Clear the flags of the last (used_idx - log->used_idx) heads chained. */
-static void clear(struct inflight *log, uint16_t num, uint16_t used_idx)
-{
-    uint16_t count = (uint16_t)(used_idx - GUEST_LOAD(&log->used_idx));
-    uint16_t head = GUEST_LOAD(&log->last_batch_head);
-    for (uint16_t i = 0; i < count && i < num && head < num; i++) {
-        RELEASE_STORE(&log->entries[head].inflight, (uint8_t)0);
-        head = GUEST_LOAD(&log->entries[head].next);
+    uint16_t head = GUEST_LOAD(&log->region->last_batch_head);
+    for (uint16_t i = 0; i < count && i < log->num && head < log->num; i++) {
+        ORDERED_STORE(&log->region->desc[head].inflight, 0);
+        head = GUEST_LOAD(&log->region->desc[head].next);
     }
-    RELEASE_STORE(&log->used_idx, used_idx);
 }
 
-void inflight_published(struct inflight *log, uint16_t num, uint16_t used_idx)
+uint16_t inflight_recover(struct inflight *log, void *memory, uint16_t num, uint16_t used_idx, uint16_t *heads)
 {
-    clear(log, num, used_idx);
-}
+    struct inflight_region *region = memory;
+    log->region = region;
+    log->num = num;
+    log->counter = 0;
+    if (GUEST_LOAD(&region->version) != INFLIGHT_VERSION) {
+        memset(region->desc, 0, num * sizeof(region->desc[0]));
+        GUEST_STORE(&region->features, 0);
+        GUEST_STORE(&region->desc_num, num);
+        GUEST_STORE(&region->last_batch_head, 0);
+        GUEST_STORE(&region->used_idx, used_idx);
+        ORDERED_STORE(&region->version, INFLIGHT_VERSION);
+        return 0;
+    }
+    unmark(log, (uint16_t)(used_idx - GUEST_LOAD(&region->used_idx)));
+    ORDERED_STORE(&region->used_idx, used_idx);
 
-uint16_t inflight_recover(struct inflight *log, uint16_t num, uint16_t used_idx, uint16_t *heads)
-{
+    /* Sorted by counter. Insertion: the list is short, and nearly sorted where heads are taken in turn. */
     uint16_t count = 0;
-    clear(log, num, used_idx);
-    for (uint16_t head = 0; head < num; head++)
-        if (GUEST_LOAD(&log->entries[head].inflight) != 0)
-            heads[count++] = head;
-    /* Shell sort by counter: no allocation, no recursion, and the list is short. */
-    for (uint16_t gap = count / 2; gap > 0; gap /= 2) {
-        for (uint16_t i = gap; i < count; i++) {
-            uint16_t head = heads[i];
-            uint64_t counter = GUEST_LOAD(&log->entries[head].counter);
-            uint16_t at = i;
-            for (; at >= gap && GUEST_LOAD(&log->entries[heads[at - gap]].counter) > counter; at = (uint16_t)(at - gap))
-                heads[at] = heads[at - gap];
-            heads[at] = head;
-        }
+    for (uint16_t head = 0; head < num; head++) {
+        if (GUEST_LOAD(&region->desc[head].inflight) == 0)
+            continue;
+        uint64_t counter = GUEST_LOAD(&region->desc[head].counter);
+        uint16_t at = count++;
+        /* The loop ends at 0 whatever the counters do under our eyes. */
+        for (; at > 0 && GUEST_LOAD(&region->desc[heads[at - 1]].counter) > counter; at--)
+            heads[at] = heads[at - 1];
+        heads[at] = head;
+        if (counter >= log->counter)
+            log->counter = counter + 1;
     }
     return count;
+}
+
+void inflight_mark(struct inflight *log, uint16_t head)
+{
+    struct inflight_desc *desc = &log->region->desc[head];
+    GUEST_STORE(&desc->counter, log->counter);
+    log->counter++;
+    ORDERED_STORE(&desc->inflight, 1);
+}
+
+void inflight_push(struct inflight *log, uint16_t head)
+{
+    GUEST_STORE(&log->region->desc[head].next, GUEST_LOAD(&log->region->last_batch_head));
+    ORDERED_STORE(&log->region->last_batch_head, head);
+}
+
+void inflight_commit(struct inflight *log, uint16_t count, uint16_t used_idx)
+{
+    unmark(log, count);
+    ORDERED_STORE(&log->region->used_idx, used_idx);
 }

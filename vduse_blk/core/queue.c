@@ -72,27 +72,6 @@ static void *ring_area(const struct iova_table *table, uint64_t iova, uint64_t l
     return (uintptr_t)piece.base % align == 0 ? piece.base : NULL;
 }
 
-/* The ring's state is known for the first time: begin where config says, or where a dead server stopped. */
-static void begin(struct vb_queue *queue, void *desc, void *avail, void *used)
-{
-    const struct vb_queue_config *config = &queue->config;
-    uint16_t num = (uint16_t)config->num;
-    bool resume = config->last_avail == VB_RESUME;
-    const struct vring_used *ring_used = used;
-    uint16_t used_idx = GUEST_LOAD(&ring_used->idx);
-    uint16_t first = resume ? used_idx : (uint16_t)config->last_avail;
-    if (queue->log != NULL && resume && inflight_is_of(queue->log, num)) {
-        queue->replay_count = inflight_recover(queue->log, num, used_idx, queue->replay);
-        first = (uint16_t)(first + queue->replay_count);
-        for (uint16_t i = 0; i < queue->replay_count; i++) /* marks made from now on are younger */
-            inflight_mark(queue->log, queue->replay[i], queue->log_counter++);
-        atomic_store(&queue->replayed, queue->replay_count);
-    } else if (queue->log != NULL) {
-        inflight_reset(queue->log, num, used_idx);
-    }
-    vring_init(&queue->ring, num, desc, avail, used, config->event_idx, config->indirect, first);
-}
-
 static bool bind_ring(struct vb_queue *queue)
 {
     const struct vb_queue_config *config = &queue->config;
@@ -103,10 +82,19 @@ static bool bind_ring(struct vb_queue *queue)
     void *used = ring_area(queue->table, config->used_iova, 6 + 8 * num, IOVA_READ | IOVA_WRITE, 4);
     if (!desc || !avail || !used)
         return false;
-    if (queue->ring.num == 0)
-        begin(queue, desc, avail, used);
-    else
+    if (queue->ring.num != 0) {
         vring_rebind(&queue->ring, desc, avail, used);
+        return true;
+    }
+    const struct vring_used *ring_used = used;
+    uint16_t used_idx = GUEST_LOAD(&ring_used->idx);
+    uint16_t first = config->last_avail == VB_RESUME ? used_idx : (uint16_t)config->last_avail;
+    if (config->inflight != NULL) {
+        queue->replay_count = inflight_recover(&queue->log, config->inflight, (uint16_t)num, used_idx, queue->replay);
+        first = (uint16_t)(used_idx + queue->replay_count);
+        atomic_store(&queue->replayed, queue->replay_count);
+    }
+    vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);
     return true;
 }
 
@@ -130,12 +118,16 @@ struct vb_queue *vb_queue_new(const struct vb_queue_config *config, struct vblk_
     atomic_init(&queue->state, VB_IDLE);
     queue->faults_seen = mapping_faults();
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    queue->log = config->inflight;
     queue->replay = arena(config->num * sizeof(*queue->replay));
     queue->reqs = arena(config->num * sizeof(*queue->reqs));
     queue->iov_arena = arena((size_t)config->num * queue->iov_room * sizeof(struct vb_iov));
     queue->range_arena = arena((size_t)config->num * VBLK_RANGES_MAX * sizeof(struct vblk_range));
-    if (queue->wake_fd < 0 || !queue->replay || !queue->reqs || !queue->iov_arena || !queue->range_arena) {
+    queue->dirty.bits = config->dirty;
+    queue->dirty.bytes = config->dirty_bytes;
+    if (config->dirty != NULL)
+        queue->written_arena = arena((size_t)config->num * VRING_CHAIN_MAX * sizeof(struct vring_seg));
+    if (queue->wake_fd < 0 || (config->dirty && !queue->written_arena) || !queue->replay || !queue->reqs ||
+        !queue->iov_arena || !queue->range_arena) {
         vb_queue_free(queue);
         return NULL;
     }
@@ -153,6 +145,8 @@ void vb_queue_free(struct vb_queue *queue)
     if (queue == NULL)
         return;
     size_t num = queue->config.num;
+    if (queue->written_arena)
+        munmap(queue->written_arena, num * VRING_CHAIN_MAX * sizeof(struct vring_seg));
     if (queue->replay)
         munmap(queue->replay, num * sizeof(*queue->replay));
     if (queue->reqs)
@@ -246,6 +240,43 @@ static bool ask(struct vb_queue *queue, const struct vring_seg *range)
     return true;
 }
 
+int vb_queue_replaying(const struct vb_queue *queue)
+{
+    return queue->replay_next != queue->replay_count && queue->ring.fault == VRING_OK && queue->bound &&
+           atomic_load_explicit(&queue->missing, memory_order_relaxed) == MISS_NONE;
+}
+
+/* The next chain: first what the log says was popped before and not answered, then what the driver has made available. */
+static enum vring_pop_result next_chain(struct vb_queue *queue, struct vring_seg *unmapped)
+{
+    struct vring *ring = &queue->ring;
+    if (queue->replay_next == queue->replay_count)
+        return vring_pop(ring, queue->table, &queue->chain, unmapped);
+    if (ring->fault != VRING_OK)
+        return VRING_BROKEN;
+    return vring_chain_of(ring, queue->table, queue->replay[queue->replay_next], &queue->chain, unmapped);
+}
+
+/* The chain belongs to a request now, or (`taken` false) its memory is not mapped yet and it must come again. */
+static void chain_taken(struct vb_queue *queue, bool taken)
+{
+    if (queue->replay_next != queue->replay_count)
+        queue->replay_next += taken; /* it is marked, with the counter that says when it was popped */
+    else if (!taken)
+        vring_unpop(&queue->ring);
+    else if (queue->log.region != NULL)
+        inflight_mark(&queue->log, queue->chain.head);
+}
+
+/* Keep what the request may write to: by the time it is answered its pieces have been advanced. */
+static void note_written(struct vb_queue *queue, struct vblk_req *req)
+{
+    const struct vring_chain *chain = &queue->chain;
+    req->written = queue->written_arena + (size_t)chain->head * VRING_CHAIN_MAX;
+    req->written_count = (uint16_t)(chain->count - chain->readable);
+    memcpy(req->written, chain->segs + chain->readable, req->written_count * sizeof(*req->written));
+}
+
 struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
 {
     struct vring_seg unmapped;
@@ -257,10 +288,7 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
             return NULL;
         atomic_store(&queue->missing, MISS_NONE);
     }
-    bool again = queue->replay_next < queue->replay_count;
-    enum vring_pop_result popped =
-        again ? vring_chain_of(&queue->ring, queue->table, queue->replay[queue->replay_next], &queue->chain, &unmapped)
-              : vring_pop(&queue->ring, queue->table, &queue->chain, &unmapped);
+    enum vring_pop_result popped = next_chain(queue, &unmapped);
     if (popped == VRING_EMPTY)
         return NULL;
     if (popped == VRING_UNMAPPED && ask(queue, &unmapped))
@@ -282,19 +310,17 @@ struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more)
     enum vblk_verdict verdict = vblk_parse(queue->rules, &queue->chain, queue->table, req, &unmapped);
     if (verdict == VBLK_UNMAPPED) {
         if (ask(queue, &unmapped)) {
-            if (!again)
-                vring_unpop(&queue->ring);
+            chain_taken(queue, false);
             return NULL;
         }
         req->op = VBLK_OTHER;
         req->status = VBLK_S_IOERR;
         verdict = VBLK_ANSWERED;
     }
+    chain_taken(queue, true);
+    if (queue->written_arena != NULL)
+        note_written(queue, req);
     queue->missed_valid = false;
-    if (again)
-        queue->replay_next++;
-    else if (queue->log != NULL)
-        inflight_mark(queue->log, req->head, queue->log_counter++);
     req->busy = true;
     queue->inflight++;
     GUEST_STORE(&queue->counters.inflight, (uint64_t)queue->inflight);
@@ -322,12 +348,15 @@ void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status
     else
         COUNT(counters->unsupported, 1);
     uint32_t length = vblk_finish(req, status);
+    if (queue->dirty.bits != NULL)
+        for (uint16_t i = 0; i < req->written_count; i++)
+            dirty_mark(&queue->dirty, req->written[i].iova, req->written[i].length);
     req->busy = false;
     queue->inflight--;
     GUEST_STORE(&counters->inflight, (uint64_t)queue->inflight);
+    if (queue->log.region != NULL)
+        inflight_push(&queue->log, req->head);
     vring_push(&queue->ring, req->head, length);
-    if (queue->log != NULL)
-        inflight_chain(queue->log, req->head);
 }
 
 static void notify(struct vb_queue *queue)
@@ -352,10 +381,13 @@ static void notify(struct vb_queue *queue)
 void queue_publish(struct vb_queue *queue)
 {
     atomic_store_explicit(&queue->last_avail, queue->ring.last_avail, memory_order_relaxed);
-    if (vring_publish(&queue->ring) == 0)
+    uint16_t count = vring_publish(&queue->ring);
+    if (count == 0)
         return;
-    if (queue->log != NULL)
-        inflight_published(queue->log, queue->ring.num, queue->ring.published);
+    if (queue->dirty.bits != NULL && queue->config.log_used)
+        dirty_mark(&queue->dirty, queue->config.dirty_used, 6 + 8 * (uint64_t)queue->config.num);
+    if (queue->log.region != NULL)
+        inflight_commit(&queue->log, count, queue->ring.published);
     COUNT(queue->counters.publishes, 1);
     if (vring_must_notify(&queue->ring))
         notify(queue);

@@ -144,28 +144,9 @@ static enum vring_pop_result pop_indirect(struct vring *ring, const struct iova_
     return broken(ring, VRING_FAULT_LOOP);
 }
 
-enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
-                                struct vring_seg *unmapped)
-{
-    if (ring->fault != VRING_OK)
-        return VRING_BROKEN;
-    uint16_t pending = vring_pending(ring);
-    if (pending == 0)
-        return VRING_EMPTY;
-    if (pending > ring->num)
-        return broken(ring, VRING_FAULT_AVAIL_IDX);
-    uint16_t head = GUEST_LOAD(&ring->avail->ring[ring->last_avail & ring->mask]);
-    enum vring_pop_result result = vring_chain_of(ring, table, head, chain, unmapped);
-    if (result == VRING_CHAIN)
-        ring->last_avail++;
-    return result;
-}
-
 enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
                                      struct vring_chain *chain, struct vring_seg *unmapped)
 {
-    if (ring->fault != VRING_OK)
-        return VRING_BROKEN;
     if (head >= ring->num)
         return broken(ring, VRING_FAULT_HEAD);
     chain->head = head;
@@ -191,6 +172,23 @@ enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table
             return broken(ring, VRING_FAULT_NEXT);
     }
     return broken(ring, VRING_FAULT_LOOP);
+}
+
+enum vring_pop_result vring_pop(struct vring *ring, const struct iova_table *table, struct vring_chain *chain,
+                                struct vring_seg *unmapped)
+{
+    if (ring->fault != VRING_OK)
+        return VRING_BROKEN;
+    uint16_t pending = vring_pending(ring);
+    if (pending == 0)
+        return VRING_EMPTY;
+    if (pending > ring->num)
+        return broken(ring, VRING_FAULT_AVAIL_IDX);
+    uint16_t head = GUEST_LOAD(&ring->avail->ring[ring->last_avail & ring->mask]);
+    enum vring_pop_result result = vring_chain_of(ring, table, head, chain, unmapped);
+    if (result == VRING_CHAIN)
+        ring->last_avail++;
+    return result;
 }
 
 void vring_unpop(struct vring *ring)

@@ -1,9 +1,9 @@
 """Virtqueues of a disk: where the memory is (IovaMap), what a queue needs (QueueSetup), who serves it."""
 
-from vduse_blk.queue.base import DiskRules, Queue, QueueSetup, QueueState, QueueView
+from vduse_blk.queue.base import DiskRules, Queue, QueueSetup, QueueState, QueueView, inflight_log_bytes
 from vduse_blk.queue.factory import QueueFactory
 from vduse_blk.queue.inflight import InflightLog
-from vduse_blk.queue.iova import FdRange, IovaMap, Region
+from vduse_blk.queue.iova import FdRange, IovaMap, Region, SharedArea
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
 
@@ -20,4 +20,6 @@ __all__ = [
     "QueueState",
     "QueueView",
     "Region",
+    "SharedArea",
+    "inflight_log_bytes",
 ]

@@ -44,8 +44,11 @@ class QueueSetup:
 
     ``notify_vduse``: ``notify_fd`` is a VDUSE device (inject an interrupt), otherwise an eventfd.
     ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
-    ``last_avail``: the avail entry to begin with; None: where a dead server stopped, see ``inflight``.
-    ``inflight``: address of the queue's in-flight log (``InflightLog.address``), 0 for none. It outlives the queue.
+    ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
+    ``inflight``: address in this process of the queue's in-flight log (``inflight_log_bytes``), which outlives the queue;
+    with it ``last_avail`` counts for nothing, and requests that the log knows are done again.
+    ``dirty``: (address in this process, bytes) of the log of pages written; changes of the used ring are marked as if it
+    began at IOVA ``dirty_used`` (None: not at all).
     """
 
     index: int
@@ -62,6 +65,13 @@ class QueueSetup:
     seg_max: int
     last_avail: int | None = 0
     inflight: int = 0
+    dirty: tuple[int, int] | None = None
+    dirty_used: int | None = None
+
+
+def inflight_log_bytes(num: int) -> int:
+    """Bytes of the crash log of a queue of ``num`` entries."""
+    return int(lib.INFLIGHT_HEADER_BYTES + num * lib.INFLIGHT_DESC_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,10 @@ class CoreQueue:
         config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
         config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
         config.inflight = ffi.cast("void *", setup.inflight)
+        if setup.dirty is not None:
+            config.dirty, config.dirty_bytes = ffi.cast("uint8_t *", setup.dirty[0]), setup.dirty[1]
+        if setup.dirty_used is not None:
+            config.dirty_used, config.log_used = setup.dirty_used, 1
         error = ffi.new("int *")
         created = lib.vb_queue_new(config, self._rules.c, iova.table, error)
         if not created:

@@ -1,7 +1,7 @@
 """The file that tells a successor what a dead server had in flight: one log per queue, as ``core/inflight.c`` keeps it.
 
     bytes 0-31   magic, layout version, number of queues, entries per queue, all little-endian
-    then         per queue ``inflight_size(entries)`` bytes, each on a cache line of its own
+    then         per queue ``inflight_log_bytes(entries)`` bytes, each on a cache line of its own
 
 It lies in the disk's private directory, in memory (/run), is mapped shared, and is written by the queue threads.
 """
@@ -17,6 +17,7 @@ import struct
 from pathlib import Path
 
 from vduse_blk.core._core import ffi, lib
+from vduse_blk.queue.base import inflight_log_bytes
 
 _MAGIC = b"vdusblk1"
 _HEADER = struct.Struct("<8sIII12x")
@@ -27,7 +28,7 @@ assert _HEADER.size == 32
 
 def _layout(queues: int, entries: int) -> tuple[int, int]:
     """Bytes per queue, bytes of the file."""
-    step = (int(lib.inflight_size(entries)) + _LINE - 1) // _LINE * _LINE
+    step = (inflight_log_bytes(entries) + _LINE - 1) // _LINE * _LINE
     return step, _LINE + queues * step
 
 
@@ -83,6 +84,11 @@ class InflightLog:
         if index >= self.queues or num > self.entries:
             return 0
         return self._base + _LINE + index * self._step
+
+    def forget(self, index: int) -> None:
+        """Queue ``index`` begins anew: nothing is in flight."""
+        at = _LINE + index * self._step
+        self._memory[at : at + self._step] = bytes(self._step)
 
     def close(self) -> None:
         """No queue may use it any more."""

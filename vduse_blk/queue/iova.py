@@ -55,6 +55,28 @@ class FdRange:
     access: int
 
 
+class SharedArea:
+    """``size`` bytes of the file ``fd`` from ``offset``, mapped into this process for queues to write to, and guarded like
+    the driver's memory. Raises OSError. The descriptor may be closed afterwards."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self.size = size
+        self._region = _map(FdRange(fd, 0, size - 1, offset, READ | WRITE))
+        self.view = memoryview(ffi.buffer(ffi.cast("void *", self._region.host), size))
+        """The bytes themselves. Dead after ``close``."""
+
+    def address(self, offset: int) -> int:
+        """Where byte ``offset`` is in this process."""
+        if not 0 <= offset < self.size:
+            raise ValueError(f"{offset} of {self.size}")
+        return self._region.host + offset
+
+    def close(self) -> None:
+        """Only when no queue uses it."""
+        self.view.release()
+        _unmap(self._region)
+
+
 class IovaMap:
     """The mappings of one device. Control thread only."""
 
@@ -113,17 +135,17 @@ class IovaMap:
         try:
             for new in add:
                 self._check_free(new.start, new.last, [*kept, *added])
-                added.append(self._map(new))
+                added.append(_map(new))
         except BaseException:
             for region in added:
-                self._unmap(region)
+                _unmap(region)
             raise
         self._regions = {region.start: region for region in (*kept, *added)}
         self._publish(drain=bool(gone))
         if gone:
             self._wait(None)
             for region in remove:
-                self._unmap(region)
+                _unmap(region)
         return added
 
     def add_memory(self, *, start: int, last: int, host: int, access: int = READ | WRITE) -> Region:
@@ -153,14 +175,14 @@ class IovaMap:
             self._publish(drain=False)
             raise
         for region in gone:
-            self._unmap(region)
+            _unmap(region)
 
     def close(self) -> None:
         """Unmap everything. Every queue must have been detached by then."""
         if self._queues:
             raise RuntimeError("queues still use the map")
         for region in self._regions.values():
-            self._unmap(region)
+            _unmap(region)
         self._regions.clear()
         self._publish(drain=False)
         del self._tables[:-1]
@@ -182,19 +204,6 @@ class IovaMap:
         if any(region.start <= last and start <= region.last for region in regions):
             raise OSError(errno.EEXIST, f"IOVA {start:#x}-{last:#x} overlaps a mapping")
 
-    @staticmethod
-    def _map(new: FdRange) -> Region:
-        # Huge pages of hugetlbfs are mapped and unmapped whole; st_blksize is their size there.
-        page = max(os.sysconf("SC_PAGESIZE"), os.fstat(new.fd).st_blksize)
-        skip = new.offset % page
-        length = min((new.last - new.start + 1 + skip + page - 1) // page * page, 2**64 - 1)
-        error = ffi.new("int *")
-        address = lib.mapping_map(new.fd, new.offset - skip, length, int(bool(new.access & WRITE)), error)
-        if not address:
-            raise OSError(error[0], f"mmap of IOVA {new.start:#x}-{new.last:#x}: {os.strerror(error[0])}")
-        base = int(ffi.cast("uintptr_t", address))
-        return Region(new.start, new.last, base + skip, new.access, True, base, length)
-
     def _publish(self, *, drain: bool) -> None:
         regions = self.regions
         self._generation += 1
@@ -207,8 +216,11 @@ class IovaMap:
         if lib.iova_table_check(table) != 0:
             raise OSError(errno.EINVAL, "inconsistent IOVA table")
         self._tables.append(table)
+        oldest = self._generation
         for queue in self._queues:
             queue.set_table(table)
+            oldest = min(oldest, queue.view().table_generation)
+        self._tables = [known for known in self._tables if known.generation >= oldest]
 
     def _wait(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -221,7 +233,20 @@ class IovaMap:
                 time.sleep(pause)
                 pause = min(pause * 2, 0.02)
 
-    @staticmethod
-    def _unmap(region: Region) -> None:
-        if region.owned:
-            lib.mapping_unmap(ffi.cast("void *", region.map_address), region.map_length)
+
+def _map(new: FdRange) -> Region:
+    # Huge pages of hugetlbfs are mapped and unmapped whole; st_blksize is their size there.
+    page = max(os.sysconf("SC_PAGESIZE"), os.fstat(new.fd).st_blksize)
+    skip = new.offset % page
+    length = min((new.last - new.start + 1 + skip + page - 1) // page * page, 2**64 - 1)
+    error = ffi.new("int *")
+    address = lib.mapping_map(new.fd, new.offset - skip, length, int(bool(new.access & WRITE)), error)
+    if not address:
+        raise OSError(error[0], f"mmap of IOVA {new.start:#x}-{new.last:#x}: {os.strerror(error[0])}")
+    base = int(ffi.cast("uintptr_t", address))
+    return Region(new.start, new.last, base + skip, new.access, True, base, length)
+
+
+def _unmap(region: Region) -> None:
+    if region.owned:
+        lib.mapping_unmap(ffi.cast("void *", region.map_address), region.map_length)

@@ -116,6 +116,9 @@ class PluginQueue(CoreQueue):
         self._look()
 
     async def _stop(self) -> None:
+        while lib.vb_queue_replaying(self._c):
+            self._look_soon()
+            await asyncio.sleep(0.001)
         self._popping = False
         assert self._kick is not None
         self._loop.remove_reader(self._kick)

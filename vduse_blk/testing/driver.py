@@ -158,6 +158,10 @@ class FakeDriver:
 
     # ---- ring ----
 
+    def used_idx(self) -> int:
+        """The used ring's index, as it is in memory."""
+        return self._u16(self.used + 2)
+
     def reset_ring(self) -> None:
         """As after a reset of the device: an empty ring, nothing in flight."""
         self.put(self.desc, bytes(self._heap_start - self.desc))

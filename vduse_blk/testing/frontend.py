@@ -64,6 +64,39 @@ class FrontendQueue(FakeDriver):
         self.region.close()
 
 
+class InflightFile:
+    """The area for requests in flight as the front-end keeps it. The descriptor is closed with the object's ``close``."""
+
+    def __init__(self, fd: int, size: int, offset: int, num_queues: int, queue_size: int) -> None:
+        self.fd, self.size, self.offset = fd, size, offset
+        self.num_queues, self.queue_size = num_queues, queue_size
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class DirtyLog:
+    """The log of pages a back-end has written, as the front-end keeps it, for guest addresses below ``end``."""
+
+    PAGE = 4096
+
+    def __init__(self, end: int, *, offset: int = 0) -> None:
+        """``offset``: where in the file the log begins."""
+        self.offset, self.size = offset, end // self.PAGE // 8
+        self.fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        os.truncate(self.fd, offset + self.size)
+
+    def take(self) -> set[int]:
+        """Pages marked, as guest addresses; they are marked no longer. Only while nothing is marked."""
+        bits = os.pread(self.fd, self.size, self.offset)
+        os.pwrite(self.fd, bytes(self.size), self.offset)
+        found = {i for i, byte in enumerate(bits) if byte}
+        return {(i * 8 + bit) * self.PAGE for i in found for bit in range(8) if bits[i] >> bit & 1}
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class FakeFrontend:
     """One connection. Questions wait at most ``timeout`` seconds for their answer."""
 
@@ -250,6 +283,21 @@ class FakeFrontend:
     def capacity(self) -> int:
         """Size of the disk in bytes, as the configuration space has it."""
         return int(struct.unpack("=Q", self.config(0, 8))[0]) * 512
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> InflightFile:
+        """A fresh area."""
+        reply, (fd,) = self.ask(Request.GET_INFLIGHT_FD, struct.pack("=QQHH4x", 0, 0, num_queues, queue_size))
+        return InflightFile(fd, *struct.unpack("=QQHH4x", reply))
+
+    def set_inflight(self, area: InflightFile) -> int:
+        payload = struct.pack("=QQHH4x", area.size, area.offset, area.num_queues, area.queue_size)
+        return self.tell(Request.SET_INFLIGHT_FD, payload, [area.fd])
+
+    def set_log(self, log: DirtyLog) -> None:
+        """Answered always."""
+        self.send(Request.SET_LOG_BASE, struct.pack("=QQ", log.size, log.offset), [log.fd])
+        answered, _, _ = self.receive()
+        assert answered == Request.SET_LOG_BASE
 
     def backend_message(self) -> int:
         """Wait for a message of the back-end's own; returns its number."""

@@ -1,0 +1,213 @@
+"""QEMU as the front-end: a small Linux guest whose root disk is a vhost-user-blk device, and a shell in it.
+
+The kernel is the one the virtual machine of the kernel tests boots; the initial file system has its virtio_blk and busybox,
+mounts /dev/vda and goes there. The guest's console is a pipe: ``run`` sends a line and returns what came back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KERNEL = Path("/var/lib/vduse-blk/kernel")
+LOCK = Path("/tmp/vduse-blk-vm.lock")
+"""As of tools/vm: one emulated machine at a time."""
+
+_INIT = """#!/bin/sh
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for module in $(cat /modules); do insmod $module; done
+until [ -b /dev/vda ]; do sleep 0.1; done
+mount -t ext4 /dev/vda /root && exec switch_root /root /init
+echo GUEST-LOST
+"""
+_ROOT_INIT = """#!/bin/sh
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs run /run
+stty -echo 2>/dev/null
+echo GUEST-READY
+exec setsid sh -c 'exec sh </dev/ttyS0 >/dev/ttyS0 2>&1'
+"""
+
+
+def requirements() -> None:
+    """Skip where the programs or the kernel are not there."""
+    for program in ("qemu-system-x86_64", "busybox", "mke2fs"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    if not (KERNEL / "ready").exists():
+        pytest.skip("needs the kernel of `tools/setup vm`")
+
+
+def _modules() -> list[Path]:
+    """virtio_blk, ext4 and what they need, in the order in which they load."""
+    version = (KERNEL / "version").read_text().strip()
+    folder = KERNEL / "lib/modules" / version
+    depends: dict[str, list[str]] = {}
+    for line in (folder / "modules.dep").read_text().splitlines():
+        module, _, needs = line.partition(":")
+        depends[module] = needs.split()
+    wanted: list[str] = []
+    for name in ("virtio_pci", "virtio_blk", "ext4"):
+        for module, needs in depends.items():
+            if Path(module).name == f"{name}.ko":
+                wanted += [*reversed(needs), module]
+    return [folder / module for module in dict.fromkeys(wanted)]
+
+
+def _archive(files: dict[str, tuple[int, bytes]]) -> bytes:
+    """A cpio archive (newc) of path → (mode, content)."""
+    out = io.BytesIO()
+    for number, (name, (mode, content)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], 1):
+        encoded = name.encode() + b"\0"
+        fields = [number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0]
+        out.write(b"070701" + b"".join(b"%08x" % field for field in fields) + encoded)
+        out.write(bytes(-out.tell() % 4))
+        out.write(content)
+        out.write(bytes(-out.tell() % 4))
+    return out.getvalue()
+
+
+def make_initrd(path: Path) -> None:
+    busybox = Path("/bin/busybox").read_bytes()
+    files: dict[str, tuple[int, bytes]] = dict.fromkeys(("bin", "dev", "proc", "sys", "root", "lib"), (16877, b""))
+    files["bin/busybox"] = (0o100755, busybox)
+    for applet in ("sh", "mount", "insmod", "sleep", "switch_root", "cat", "echo"):
+        files[f"bin/{applet}"] = (0o120777, b"busybox")
+    names = []
+    for module in _modules():
+        files[f"lib/{module.name}"] = (0o100644, module.read_bytes())
+        names.append(f"/lib/{module.name}")
+    files["modules"] = (0o100644, " ".join(names).encode())
+    files["init"] = (0o100755, _INIT.encode())
+    path.write_bytes(_archive(files))
+
+
+def make_root(image: Path, size: int) -> None:
+    """An ext4 file system with busybox in it."""
+    tree = image.parent / "root"
+    for name in ("bin", "dev", "proc", "sys", "run", "data"):
+        (tree / name).mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    listed = subprocess.run(["busybox", "--list"], capture_output=True, text=True, check=True).stdout.split()
+    for applet in listed:
+        if applet != "busybox":
+            (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "init").write_text(_ROOT_INIT)
+    (tree / "init").chmod(0o755)
+    with open(image, "wb") as file:
+        file.truncate(size)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, image], check=True)
+    shutil.rmtree(tree)
+
+
+class Guest:
+    """A running machine. ``disks`` are sockets of back-ends; the first is the root disk."""
+
+    def __init__(
+        self, folder: Path, disks: list[Path], *, device: str = "", memory: int = 256, extra: list[str] | None = None
+    ) -> None:
+        """``device`` is added to the options of each disk."""
+        self._lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        initrd = folder / "initrd"
+        if not initrd.exists():
+            make_initrd(initrd)
+        version = (KERNEL / "version").read_text().strip()
+        self._monitor_path = folder / "qmp"
+        command = [
+            "qemu-system-x86_64", "-M", "q35,memory-backend=memory", "-accel", "tcg", "-m", f"{memory}M", "-smp", "2",
+            "-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on",
+            "-kernel", str(KERNEL / f"boot/vmlinuz-{version}"), "-initrd", str(initrd),
+            "-append", "console=ttyS0 quiet loglevel=4 panic=-1 tsc=unstable no_timer_check",
+            "-display", "none", "-serial", "stdio", "-no-reboot", "-nodefaults",
+            "-qmp", f"unix:{self._monitor_path},server=on,wait=off",
+        ]  # fmt: skip
+        for i, path in enumerate(disks):
+            command += ["-chardev", f"socket,id=c{i},path={path},reconnect=1"]
+            command += ["-device", f"vhost-user-blk-pci,id=d{i},chardev=c{i}{device}"]
+        self.process = subprocess.Popen(
+            [*command, *(extra or [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.console = b""
+        self._bytes: queue.Queue[bytes] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._count = 0
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while data := os.read(self.process.stdout.fileno(), 65536):
+            self._bytes.put(data)
+        self._bytes.put(b"")
+
+    def expect(self, marker: bytes, seconds: float) -> bytes:
+        """Console output up to ``marker``."""
+        deadline = time.monotonic() + seconds
+        while marker not in self.console:
+            try:
+                data = self._bytes.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"no {marker!r}; the console: {self.console[-3000:].decode(errors='replace')}") from None
+            if not data:
+                raise EOFError(f"the machine ended: {self.console[-3000:].decode(errors='replace')}")
+            self.console += data
+        before, _, self.console = self.console.partition(marker)
+        return before
+
+    def wait_ready(self, seconds: float = 150) -> None:
+        self.expect(b"GUEST-READY", seconds)
+
+    def send(self, command: str) -> bytes:
+        """Start a command; returns the marker that will follow its output and status."""
+        self._count += 1
+        marker = f"[done {self._count} "
+        assert self.process.stdin is not None
+        # Cut in two, so that an echo of the line is no marker.
+        self.process.stdin.write(f"{command}; echo '[done' {self._count} $?']'\n".encode())
+        self.process.stdin.flush()
+        return marker.encode()
+
+    def run(self, command: str, seconds: float = 60, *, check: bool = True) -> str:
+        """What a command has printed."""
+        marker = self.send(command)
+        output = self.expect(marker, seconds).decode(errors="replace").replace("\r", "")
+        status = self.expect(b"]", 5)
+        if check:
+            assert status == b"0", f"{command}: {status!r} {output}"
+        return output.strip()
+
+    def monitor(self, command: str, **arguments: Any) -> Any:
+        """One QMP command."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._monitor_path))
+            connection.settimeout(30)
+            with connection.makefile("rwb") as stream:
+                stream.readline()
+                for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                    stream.write(json.dumps(request).encode() + b"\n")
+                    stream.flush()
+                    while "event" in (answer := json.loads(stream.readline())):
+                        pass
+        assert "return" in answer, answer
+        return answer["return"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._lock)
