@@ -73,6 +73,10 @@ class NotServed(ControlError):
     """The disk's directory exists, its server does not (or does not listen yet)."""
 
 
+class Served(ControlError):
+    """The disk's directory is locked by another process: its server lives."""
+
+
 class Hangup(ControlError):
     """The server ended the conversation, or spoke nonsense, instead of a reply; perhaps it died."""
 
@@ -141,13 +145,16 @@ def disk_names() -> list[str]:
 def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     """Make the disk's directory (0700) and the run directory above it (0755).
 
-    With ``exclusive`` an existing one raises ``FileExistsError``: that is how a name is claimed. No access
-    raises ``ControlError`` (exit 5).
+    With ``exclusive`` an existing one raises ``FileExistsError``: that is how a name is claimed. No access, and
+    existing ones that others could meddle with, raise ``ControlError`` (exit 5).
     """
     paths = DiskPaths.of(name)
+    root = paths.directory.parent
     try:
-        paths.directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _check_owned(root, 0o022)  # the list of names is no secret
         paths.directory.mkdir(mode=0o700, exist_ok=not exclusive)
+        _check_owned(paths.directory, 0o077)
     except PermissionError as e:
         raise ControlError(f"cannot create {paths.directory}: no permission; run as root", Exit.DENIED) from e
     except FileExistsError:
@@ -159,12 +166,26 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     return paths
 
 
+def _check_owned(directory: Path, forbidden: int) -> None:
+    """Refuse a directory that is not ours alone: what we write there a root process reads and obeys."""
+    found = os.lstat(directory)
+    if not stat.S_ISDIR(found.st_mode):
+        raise ControlError(f"{directory} is in the way: it is not a directory", Exit.BUSY)
+    if found.st_uid != os.geteuid() or found.st_mode & forbidden:
+        raise ControlError(
+            f"{directory} is not safe to use: it belongs to user {found.st_uid} with mode "
+            f"{stat.S_IMODE(found.st_mode):04o}, and must belong to user {os.geteuid()} with none of "
+            f"{forbidden:04o}; remove it or correct it",
+            Exit.DENIED,
+        )
+
+
 def lock_directory(name: str, *, patience: float = 1.0) -> int:
     """Take the lock that means "this process serves the disk"; return its descriptor, which the caller keeps
     open.
 
     Makes the directory if needed. ``is_locked`` holds the lock for an instant and another program may be
-    removing the directory, so a refusal is final only after ``patience`` seconds. Raises ``ControlError``
+    removing the directory, so a refusal is final only after ``patience`` seconds. Raises ``Served``
     (exit 4) if another process serves the disk. The descriptor is close-on-exec.
     """
     deadline = time.monotonic() + patience
@@ -173,17 +194,24 @@ def lock_directory(name: str, *, patience: float = 1.0) -> int:
         fd = _open_directory(paths)
         if fd is None:
             continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _flock(fd, deadline):
             os.close(fd)
-            if time.monotonic() >= deadline:
-                raise ControlError(f"disk '{name}' is already served by another process", Exit.BUSY) from None
-            time.sleep(0.02)
-            continue
+            raise Served(f"disk '{name}' is already served by another process", Exit.BUSY)
         if _leads_to(paths.directory, fd):
             return fd
         os.close(fd)  # removed (and perhaps made again) between open and flock
+
+
+def _flock(fd: int, deadline: float) -> bool:
+    """Take the lock alone; False if somebody else has it at ``deadline`` (of ``time.monotonic``)."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(0.02)
 
 
 def is_locked(name: str) -> bool:
@@ -200,13 +228,15 @@ def is_locked(name: str) -> bool:
     return False
 
 
-def remove_directory(name: str, *, locked_fd: int | None = None, opened_fd: int | None = None) -> bool:
+def remove_directory(
+    name: str, *, locked_fd: int | None = None, opened_fd: int | None = None, patience: float = 1.0
+) -> bool:
     """Remove the disk's directory and the files in it, under its lock.
 
-    The server passes the descriptor of its lock as ``locked_fd`` (which stays open: the lock ends with the
-    process). Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives.
-    With ``opened_fd`` (of ``open_directory``; it stays open) a directory made since under the same name is
-    left alone.
+    Whoever has the lock passes its descriptor as ``locked_fd`` (which stays open: the lock ends with it).
+    Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives, which is
+    certain only after ``patience`` seconds (see ``lock_directory``). With ``opened_fd`` (of
+    ``open_directory``; it stays open) a directory made since under the same name is left alone.
     """
     paths = DiskPaths.of(name)
     given = locked_fd if locked_fd is not None else opened_fd
@@ -214,11 +244,8 @@ def remove_directory(name: str, *, locked_fd: int | None = None, opened_fd: int 
     if fd is None:
         return True
     try:
-        if locked_fd is None:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
+        if locked_fd is None and not _flock(fd, time.monotonic() + patience):
+            return False
         if not _leads_to(paths.directory, fd):
             return True
         for entry in os.listdir(fd):
@@ -236,6 +263,11 @@ def open_directory(name: str) -> int:
     if fd is None:
         raise ControlError(f"disk '{name}' was removed meanwhile", Exit.NOT_FOUND)
     return fd
+
+
+def is_directory(name: str, opened_fd: int) -> bool:
+    """Whether the disk's directory is still the one of ``open_directory``."""
+    return _leads_to(DiskPaths.of(name).directory, opened_fd)
 
 
 def _open_directory(paths: DiskPaths) -> int | None:

@@ -2,6 +2,7 @@
 
 ``FAKE_STOPS``: how many times ``stop`` fails before it succeeds. ``FAKE_CLOSE``: "fail": closing the storage does.
 ``FAKE_START``: "slow": the start does not end by itself; files "begun" and "undone" beside the disk's directory tell.
+"fail": it does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.errors import UserError
 from vduse_blk.exporter import Endpoint, Exporter
 
 
@@ -23,6 +25,8 @@ class Export(Exporter):
     _failures = int(os.environ.get("FAKE_STOPS", "0"))
 
     async def start(self) -> Endpoint:
+        if os.environ.get("FAKE_START") == "fail":
+            raise UserError("the kernel does not want it", 6)
         if os.environ.get("FAKE_START") == "slow":
             assert self.options.directory is not None
             marks = self.options.directory.parent

@@ -4,7 +4,7 @@
 same with code 1, after writing to its log), 'die' (ends without a line), 'crash' (a signal ends it), 'slow'
 (never ready; undoes everything when nobody waits for it any more), 'stuck' (never ready and does not notice),
 'late' (ready only when its reader is gone: the line is lost), 'busy' (ready; detach only with force), 'mute'
-(ready; answers nothing), 'mortal' (ready; dies on detach without a reply).
+(ready; answers nothing), 'mortal' (ready; dies on detach without a reply), 'untidy' (ready; leaves its directory behind).
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def main() -> None:
                 if request["op"] == "detach" and mode == "busy" and not request["force"]:
                     connection.sendall(control.error_reply(f"disk '{spec.name}' {IN_USE}", 4, HOLDERS))
                 elif request["op"] == "detach":
-                    undo()
+                    if mode != "untidy":
+                        undo()
                     connection.sendall(control.ok_reply())
                     sys.exit(0)
                 elif request["op"] == "resize":

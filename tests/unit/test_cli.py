@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -21,8 +22,10 @@ import pytest
 
 from vduse_blk import control
 from vduse_blk.cli import attach as attach_module
-from vduse_blk.cli import output
+from vduse_blk.cli import detach as detach_module
+from vduse_blk.cli import launch, output
 from vduse_blk.cli.main import COMMANDS, cli
+from vduse_blk.control import ControlError
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "cli.md"
@@ -307,6 +310,60 @@ class TestAttach:
         assert control.read_state("m") == {"source": "/x"}
 
 
+class TestRace:
+    """Two attach the same name at once: the loser made the directory, and the winner's server came first."""
+
+    @pytest.fixture
+    def removed(self, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of what was removed from the kernel."""
+        names: list[str] = []
+
+        def remove(name: str, *, force: bool) -> None:
+            assert control.is_locked(name)
+            names.append(name)
+
+        monkeypatch.setattr(launch, "remove_leftover", remove)
+        monkeypatch.setattr(launch, "_KERNEL_PLACES", (str(tmp_path),))
+        monkeypatch.setenv("FAKE_WORKER", "die")
+        return names
+
+    def lose(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winner: Callable[[], object]) -> ControlError:
+        """An attach between whose claim and whose server ``winner`` runs; its error."""
+
+        def command() -> list[str]:
+            winner()
+            (tmp_path / "m").touch()
+            return [sys.executable, str(HERE / "fake_worker.py")]
+
+        monkeypatch.setattr(launch, "worker_command", command)
+        with pytest.raises(ControlError) as caught:
+            launch.start(control.WorkerSpec(name="m", source="null:1G"), 30, unique=False)
+        return caught.value
+
+    def test_the_winners_device_stays(
+        self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locks: list[int] = []
+        self.lose(tmp_path, monkeypatch, lambda: locks.append(control.lock_directory("m")))
+        assert removed == []
+        assert control.is_locked("m")
+        os.close(locks[0])
+
+    def test_a_winner_that_died_is_left_to_detach(
+        self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its disk was promised to somebody, who may use it."""
+        self.lose(tmp_path, monkeypatch, lambda: control.write_state("m", {"pid": 1}))
+        assert removed == []
+
+    def test_without_another_what_is_left_is_removed(
+        self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.lose(tmp_path, monkeypatch, lambda: None)
+        assert removed == ["m"]
+        assert control.disk_names() == []
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -373,6 +430,41 @@ class TestDetach:
         host.run("attach", "memory:1G")
         os.kill(host.server_pid("memory"), signal.SIGKILL)
         until(lambda: not control.is_locked("memory"))
+        assert host.run("detach", "memory").returncode == 0
+        assert host.names() == []
+
+    def test_a_dead_disk_is_removed_under_its_lock(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody attaches that name meanwhile; where somebody has begun to, nothing is removed: exit 4."""
+        removed: list[str] = []
+
+        def remove(name: str, *, force: bool) -> None:
+            assert control.is_locked(name)
+            removed.append(name)
+
+        monkeypatch.setattr(launch, "remove_leftover", remove)
+        control.make_directory("m")
+        lock = control.lock_directory("m")
+        with pytest.raises(ControlError, match="just now") as caught:
+            detach_module._without_server("m", force=True)
+        assert (caught.value.exit_code, removed) == (control.Exit.BUSY, [])
+        os.close(lock)
+        detach_module._without_server("m", force=False)
+        assert (removed, control.disk_names()) == (["m"], [])
+
+    def test_a_directory_looked_at_meanwhile_is_removed(self, host: Host) -> None:
+        """`list` takes the lock for an instant, just when detach wants to remove the directory."""
+        control.make_directory("m")
+        probe = control.open_directory("m")
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        process = host.start("detach", "m", fake="ready")
+        time.sleep(0.7)
+        os.close(probe)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, host.names()) == (0, []), said
+
+    def test_what_an_ended_server_left_is_removed(self, host: Host) -> None:
+        """It said ok, and something was left all the same."""
+        host.run("attach", "memory:1G", fake="untidy")
         assert host.run("detach", "memory").returncode == 0
         assert host.names() == []
 

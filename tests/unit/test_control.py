@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -114,11 +115,53 @@ class TestDirectory:
         """Nobody but the server removes the directory of a disk that is served."""
         fd = control.lock_directory("d")
         control.write_state("d", {"name": "d"})
-        assert control.remove_directory("d") is False
+        assert control.remove_directory("d", patience=0) is False
         assert control.read_state("d") == {"name": "d"}
         assert control.remove_directory("d", locked_fd=fd) is True
         assert control.disk_names() == []
         os.close(fd)
+
+    def test_a_probe_does_not_keep_a_directory(self) -> None:
+        """`list` asks by the same lock for an instant; removing waits that out."""
+        control.make_directory("d")
+        probe = control.open_directory("d")
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        timer = threading.Timer(0.1, os.close, (probe,))
+        timer.start()
+        assert control.remove_directory("d") is True
+        timer.join()
+        assert control.disk_names() == []
+
+    @pytest.mark.parametrize(("where", "mode"), [("root", 0o777), ("root", 0o775), ("d", 0o755), ("d", 0o710)])
+    def test_a_directory_that_others_may_use_is_refused(self, where: str, mode: int, run_dir: Path) -> None:
+        """Their files would be read and obeyed by a process of root's."""
+        directory = run_dir / "d"
+        directory.mkdir(0o700)
+        (run_dir if where == "root" else directory).chmod(mode)
+        for claim in (control.make_directory, control.lock_directory):
+            with pytest.raises(ControlError, match="is not safe to use") as caught:
+                claim("d")
+            assert caught.value.exit_code == Exit.DENIED
+        run_dir.chmod(0o700)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+    @pytest.mark.parametrize("where", ["root", "d"])
+    def test_a_directory_of_somebody_else_is_refused(self, where: str, run_dir: Path) -> None:
+        directory = run_dir / "d"
+        directory.mkdir(0o700)
+        os.chown(run_dir if where == "root" else directory, 65534, 65534)
+        with pytest.raises(ControlError, match="belongs to user 65534"):
+            control.lock_directory("d")
+
+    @pytest.mark.parametrize("where", ["root", "d"])
+    def test_a_link_is_no_directory(self, where: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wherever it leads."""
+        (run_dir / "real").mkdir(0o700)
+        (run_dir / "d").symlink_to("real")
+        if where == "root":
+            monkeypatch.setenv(control.RUN_ENV, str(run_dir / "d"))
+        with pytest.raises(ControlError, match="in the way"):
+            control.lock_directory("d")
 
     def test_remove_by_a_former_server_leaves_the_successor_alone(self) -> None:
         """A directory made anew under the same name is not removed on the strength of the old one's lock."""

@@ -125,6 +125,15 @@ class TestDetach:
         assert control.disk_names() == []
 
 
+def test_why_a_start_failed_is_not_lost_in_undoing_it(start: Start, run_dir: Path) -> None:
+    """Storage that cannot be closed either does not hide the reason."""
+    server = start(FAKE_START="fail", FAKE_CLOSE="fail")
+    assert server.process.wait(30) == Exit.UNSUPPORTED
+    assert "\nvduse-blk: the kernel does not want it\n" in server.log
+    assert "the last write was lost" in server.log
+    assert list(run_dir.iterdir()) == []
+
+
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_a_signal_detaches(self, number: signal.Signals, start: Start, run_dir: Path) -> None:

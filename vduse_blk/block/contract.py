@@ -60,7 +60,6 @@ class BlockInfo:
     """EMULATE: accepted and ignored, which is what discard allows."""
     write_zeroes: Support = Support.EMULATE
     """EMULATE: zeros are written. A NATIVE backend may still raise EOPNOTSUPP: then they are, too."""
-    secure_erase: Support = Support.NONE
     serial: str = ""
     """At most 20 ASCII characters."""
 

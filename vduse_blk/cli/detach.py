@@ -13,7 +13,7 @@ from vduse_blk import control
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import ControlError, Exit, Hangup, NotServed
+from vduse_blk.control import ControlError, Exit, Hangup, NotServed, Served
 
 _DYING_SECONDS: Final = 5.0
 
@@ -33,23 +33,15 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
     deadline = time.monotonic() + timeout
     try:
         with control.Client(name, timeout) as client, control.server_process(client.server_pid) as end:
+            directory = control.open_directory(name)
             try:
-                client.call("detach", timeout=timeout, force=force)
-            except Hangup:
-                # It may be dying: whether it is gone or stays decides what happens next.
-                if not _ended(end, min(_DYING_SECONDS, deadline - time.monotonic())):
-                    raise
-                _without_server(name, force)
-            else:
-                if not _ended(end, deadline - time.monotonic()):
-                    raise ControlError(
-                        f"disk '{name}' is removed, but its server (process {client.server_pid}) has not ended "
-                        f"within {timeout:g} seconds",
-                        Exit.TIMEOUT,
-                    )
-    except NotServed as e:
-        if control.is_locked(name):
-            raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
+                _by_server(client, end, deadline, timeout, force)
+                # A server that could undo everything has removed it. Another disk may have the name by now.
+                if control.is_directory(name, directory):
+                    _without_server(name, force)
+            finally:
+                os.close(directory)
+    except NotServed:
         _without_server(name, force)
     except ControlError as e:
         if e.exit_code != Exit.NOT_FOUND or not os.path.lexists(f"/sys/class/vduse/{name}"):
@@ -61,9 +53,25 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
                 Exit.NOT_FOUND,
             ) from e
         _without_server(name, force)
-    control.remove_directory(name)
     if as_json:
         output.print_json({"ok": True, "name": name})
+
+
+def _by_server(client: control.Client, end: int | None, deadline: float, timeout: float, force: bool) -> None:
+    """Have the server remove the disk, and wait until it has ended, or has died over it."""
+    try:
+        client.call("detach", timeout=timeout, force=force)
+    except Hangup:
+        # It may be dying: whether it is gone or stays decides what happens next.
+        if not _ended(end, min(_DYING_SECONDS, deadline - time.monotonic())):
+            raise
+    else:
+        if not _ended(end, deadline - time.monotonic()):
+            raise ControlError(
+                f"disk '{client.name}' is removed, but its server (process {client.server_pid}) has not ended "
+                f"within {timeout:g} seconds",
+                Exit.TIMEOUT,
+            )
 
 
 def _ended(process: int | None, seconds: float) -> bool:
@@ -72,7 +80,22 @@ def _ended(process: int | None, seconds: float) -> bool:
 
 
 def _without_server(name: str, force: bool) -> None:
-    """Remove what is left in the kernel of a disk that has no server."""
+    """Remove what is left of a disk that has no server, under its lock: an attach of that name starts afterwards, or has
+    the lock, and then what is there is its own."""
     from vduse_blk.cli import launch
 
-    launch.remove_leftover(name, force=force)
+    had_directory = name in control.disk_names()
+    try:
+        lock = control.lock_directory(name)
+    except Served as e:
+        raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
+    try:
+        try:
+            launch.remove_leftover(name, force=force)
+        except BaseException:
+            if not had_directory:
+                control.remove_directory(name, locked_fd=lock)
+            raise
+        control.remove_directory(name, locked_fd=lock)
+    finally:
+        os.close(lock)

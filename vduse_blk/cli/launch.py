@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
-from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
+from vduse_blk.control import ControlError, DiskPaths, Exit, Served, WorkerSpec
 
 ROLLBACK_SECONDS: Final = 60
 """How long a server that was asked to give up may take before it is killed. Undoing takes a second or two; one that
@@ -259,16 +259,28 @@ class _Attempt:
         raise ControlError(f"{sentence}; nothing is left of it", code)
 
     def _clean_up(self, sentence: str, code: int) -> None:
-        """Remove what the dead server left in the kernel. Raises ``LeftBehind`` if that fails."""
+        """Remove what the dead server left in the kernel. Raises ``LeftBehind`` if that fails.
+
+        Another attach of that name may have been faster: its server has the lock, or had it and left its state. What
+        is there then is not ours to remove.
+        """
+        try:
+            lock = control.lock_directory(self._name)
+        except Served:
+            return
         try:
             if not self._made:
                 raise ControlError("it was there before, with a dead server", Exit.BUSY)
-            remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
+            if control.read_state(self._name).get("pid", self._process.pid) == self._process.pid:
+                remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
+                control.remove_directory(self._name, locked_fd=lock)
         except ControlError as e:
             raise LeftBehind(
                 f"{sentence}, and what is left was not removed ({e}); `vduse-blk detach {self._name}` will",
                 code,
             ) from e
+        finally:
+            os.close(lock)
 
     def _wait(self, seconds: float, *, detach: bool = False) -> int | None:
         """Exit status of the server (negative: the signal that ended it), or None if it still runs after

@@ -97,6 +97,9 @@ class Worker:
                     await self._stop_export()
                 if not self._is_left():
                     await self._close_storage(abandon=True)
+            except Exception:
+                # What went wrong first is what the user hears.
+                log.exception("undoing the start of disk '%s' failed", self._spec.name)
             finally:
                 self._undone.set()
             if isinstance(error, asyncio.CancelledError) and self._given_up is not None:
