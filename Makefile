@@ -3,7 +3,7 @@
 ARGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup demo test test-fast test-kernel fuzz compare clean
+.PHONY: help setup demo test test-fast test-kernel fuzz compare bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,6 +34,10 @@ fuzz: ## search for crashes in the C core for FUZZ_SECONDS
 compare: ## speed against qemu-storage-daemon, in the same virtual machine; results in bench/results
 	@tools/setup dev vm
 	@bench/compare $(ARGS)
+
+bench: ## speed of the vhost-user export against qemu-storage-daemon, natively; results in bench/results
+	@tools/setup dev vm
+	@bench/native $(ARGS)
 
 clean: ## remove what was built, but not downloads
 	rm -rf build dist .venv .vm *.egg-info

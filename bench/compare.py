@@ -8,6 +8,7 @@ do not get what they demand, or ``compare: failed`` and 3 when there is nothing 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.guest import DISTURBED, HOST_LOAD
+from bench.host_load import Feed
 from bench.report import Report, Row, best_peer
 from vduse_blk import __version__
 
@@ -40,56 +43,21 @@ def build_blkgen(target: Path) -> None:
     subprocess.run(["gcc", *CFLAGS, f"-I{core}", TOP / "bench/blkgen.c", core / "uring.c", "-o", target], check=True)
 
 
-class HostCpu:
-    """How much of the host's CPU time goes to others than a process and its descendants, between two looks."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._tick = os.sysconf("SC_CLK_TCK")
-        self.busy, self.total, self.own = self._look()
-
-    def foreign_percent(self) -> float:
-        busy, total, own = self._look()
-        return max(0.0, 100 * ((busy - self.busy) - (own - self.own)) / max(1, total - self.total))
-
-    def _look(self) -> tuple[int, int, int]:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        idle = ticks[3] + ticks[4]
-        return sum(ticks) - idle, sum(ticks), sum(self._own())
-
-    def _own(self) -> Iterator[int]:
-        processes: dict[int, tuple[int, int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                words = path.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # it has ended
-            processes[int(path.parent.name)] = int(words[1]), int(words[11]) + int(words[12])
-        for pid, (_, ticks) in processes.items():
-            ancestor = pid
-            while ancestor in processes and ancestor != self._pid:
-                ancestor = processes[ancestor][0]
-            if ancestor == self._pid:
-                yield ticks
-
-
 def run_guest(result: Path, words: Sequence[str]) -> tuple[int, dict[str, str]]:
     """Run the guest's part, show its output while it comes. Its exit status, and facts that only the host knows."""
     facts: dict[str, str] = {}
     result.unlink(missing_ok=True)
     command = [str(TOP / "tools/vm"), ".venv/bin/python", "-m", "bench.guest", str(result), *words]
-    cpu = None
-    with subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+    feed: Feed | None = None
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True, bufsize=1))
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
-            if line.startswith("compare: "):
-                cpu = cpu or HostCpu(process.pid)
-                foreign = cpu.foreign_percent()
-            elif line.startswith("vm: "):
+            if line.startswith("vm: "):
                 facts["virtual machine"] = line.removeprefix("vm: ").strip()
-    if cpu is not None and os.environ.get("HOST") != "1":
-        facts["disturbance"] = f"other programs used {foreign:.0f} % of the host's CPU time meanwhile"
+            elif feed is None and os.environ.get("HOST") != "1":  # the machine runs: all its processes are there
+                feed = stack.enter_context(Feed(HOST_LOAD, os.getpid()))
     return process.returncode, facts
 
 
@@ -142,6 +110,18 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(f"no storage, {case}: with virtio and VDUSE", unit, ceiling["kernel"])
 
 
+def disturbance(found: Mapping[str, Any]) -> str:
+    """A sentence on what else the host did."""
+    runs = [run for place in found["places"] for run in place["runs"]]
+    shares = [run["disturbed"] for run in runs]
+    repeated = sum(run["tries"] - 1 for run in runs)
+    above = sum(share > DISTURBED for share in shares)
+    return (
+        f"others used {100 * statistics.mean(shares):.0f} % of the host's CPU time; {repeated} runs were repeated for it, "
+        f"and {above} of {len(runs)} stayed above {100 * DISTURBED:.0f} %"
+    )
+
+
 def report_of(found: Mapping[str, Any], facts: Mapping[str, str]) -> Report:
     """The report of what the guest measured."""
     commands = {}
@@ -156,7 +136,7 @@ def report_of(found: Mapping[str, Any], facts: Mapping[str, str]) -> Report:
         kernel=found["kernel"],
         versions={"vduse-blk": __version__, "qemu-storage-daemon": found["qsd"]},
         rows=list(rows_of(found)),
-        facts={**facts, **commands},
+        facts={**facts, "disturbance": disturbance(found), **commands},
     )
 
 

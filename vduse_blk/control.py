@@ -342,7 +342,7 @@ class WorkerSpec:
     """Options of the backend beyond those in ``source``."""
     read_only: bool = False
     queues: int | None = None
-    """None: as many as the host has CPUs, at most 8."""
+    """None: the export's own choice; for VDUSE as many as the host has CPUs, at most 8."""
     queue_size: int = 256
     """Descriptors per queue."""
     serial: str | None = None
@@ -356,7 +356,8 @@ class WorkerSpec:
     can."""
     ready_fd: int | None = None
     """Inherited pipe for the one line that says how the start went; None: nobody waits (``serve``)."""
-    export: str = "vduse"
+    exports: tuple[str, ...] = ("vduse",)
+    """Ways to present the disk, as ``vduse_blk.exports`` understands them."""
     timeout: float | None = None
     """Seconds after which whoever waits gives up; None: nobody does."""
 
@@ -379,6 +380,8 @@ class WorkerSpec:
         unit = self.block_size or BLOCK_SIZES[0]
         if self.size is not None and (self.size <= 0 or self.size % unit):
             raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
+        if not self.exports or not all(isinstance(export, str) and export for export in self.exports):
+            raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
         if self.timeout is not None and not self.timeout > 0:
@@ -407,6 +410,8 @@ class WorkerSpec:
         for key in ("name", "source"):
             if key not in decoded:
                 raise UserError(f"{key}: missing in the disk's specification", Exit.USAGE)
+        if isinstance(decoded.get("exports"), list):
+            decoded["exports"] = tuple(decoded["exports"])
         return cls(**decoded)
 
 
@@ -422,7 +427,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "size": (int, True),
     "path": (str, False),
     "ready_fd": (int, True),
-    "export": (str, False),
+    "exports": (tuple, False),
     "timeout": (float, True),
 }
 

@@ -12,32 +12,48 @@ import asyncio
 import os
 import signal
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.holders import Holder
+from vduse_blk.block.options import about
 from vduse_blk.block.stack import Stack
 
 KILL_ENV = "VDUSE_BLK_TEST_KILL"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What may stand behind the name of every exporter; as ``block.options`` describes. Exporters add to it."""
+
+    writable: bool | None = field(
+        default=None,
+        metadata=about("whether this export may write; of several exports of a disk only the first does by default"),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What a user may choose about an export. ``queues`` virtqueues of ``queue_size`` entries; ``path`` is "native",
-    "plugin" or "auto" (native where the stack can be served by C). ``timeout``: seconds ``start`` may wait for others.
-    ``directory``: the disk's own, private one, where what outlives the server is kept; None: nothing is."""
+    """What a user may choose about an export. ``queues`` virtqueues of ``queue_size`` entries (0: the exporter's own
+    choice); ``path`` is "native", "plugin" or "auto" (native where the stack can be served by C). ``timeout``: seconds
+    ``start`` may wait for others. ``read_only``: this export refuses writes, whatever the stack does; ``own`` is an instance
+    of the exporter's ``Options``. ``directory``: the disk's own, private one, where what outlives the server is kept;
+    None: nothing is."""
 
-    queues: int
+    queues: int = 0
     queue_size: int = 256
     path: str = "auto"
     timeout: float = 60.0
+    read_only: bool = False
+    own: Any = CommonOptions()
     directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where users find the disk: ``kind`` "block" with the device's ``path``, or another kind with its own path."""
+    """Where users find the disk: ``kind`` "block" with the device's ``path``, or "socket"."""
 
     kind: str
     path: str
@@ -46,18 +62,44 @@ class Endpoint:
 class Exporter(ABC):
     """One export of one stack. All coroutines run on the worker's loop."""
 
+    Options: ClassVar[type[CommonOptions]] = CommonOptions
+    """What may stand behind the exporter's name in ``--export``."""
+    for_this_host: ClassVar[bool] = False
+    """The disk is this host's own: the kernel may need it to free the memory we ask for."""
+
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         self.stack = stack
         self.name = name
         self.options = options
-        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[str] = self._loop.create_future()
         """Set to a sentence when the export dies under a running disk."""
+        self.queue_count = options.queues
+        """Virtqueues the disk's users may use."""
         self.path = "plugin"
         """Who serves requests: "native" (C) or "plugin" (the event loop)."""
 
     @abstractmethod
     async def start(self) -> Endpoint:
         """Present the disk. Raises UserError, with nothing left behind."""
+
+    @property
+    def info(self) -> BlockInfo:
+        """The disk as this export shows it."""
+        return replace(self.stack.info, read_only=True) if self.options.read_only else self.stack.info
+
+    def fail(self, sentence: str) -> None:
+        """Set ``failed``, unless it is. Any thread."""
+
+        def set_failed() -> None:
+            if not self.failed.done():
+                self.failed.set_result(sentence)
+
+        self._loop.call_soon_threadsafe(set_failed)
+
+    def users(self) -> list[Holder]:
+        """Who uses the disk through this export, where the kernel does not know."""
+        return []
 
     @abstractmethod
     async def resized(self, info: BlockInfo) -> None:

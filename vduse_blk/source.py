@@ -1,8 +1,8 @@
 """How a user names storage: a path, or ``KIND:PLACE?OPTION=VALUE&…``.
 
-``KIND`` is a backend's name. What stands before the '?' is the value of the backend's *place* option; it and the values
-are percent-decoded. Anything that does not begin with letters and a colon is a path, taken as it is, whatever characters
-are in it; so is a file that exists and whose name merely looks like a URI of no known kind.
+``KIND`` is a backend's name; ``block.options.parse_uri`` understands the rest. Anything that does not begin with letters
+and a colon is a path, taken as it is, whatever characters are in it; so is a file that exists and whose name merely looks
+like a URI of no known kind.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
-from urllib.parse import unquote
 
 from vduse_blk import registry
 from vduse_blk.block.contract import Backend
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.options import make_options, parse_values, place_of
+from vduse_blk.block.options import make_options, parse_uri, parse_values, quote_place
 from vduse_blk.block.stack import Stack
 
 _URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9_+.-]*):(.*)", re.DOTALL)
@@ -46,7 +45,7 @@ def parse_source(source: str) -> SourceSpec:
             f"source: '{kind}:' is no kind of storage; accepted are a path and {', '.join(f'{k}:' for k in kinds)} "
             f"(a file of that name is written ./{source})"
         )
-    return SourceSpec(kind, _parse_uri(kind, rest))
+    return SourceSpec(kind, parse_uri("source", kind, _options_of(kind), rest))
 
 
 def absolute_source(source: str) -> str:
@@ -59,7 +58,7 @@ def absolute_source(source: str) -> str:
     if match is None or match[1] != _FILE:
         return os.path.join(os.getcwd(), source)
     # The working directory's name is not percent-decoded yet: it must survive that.
-    return f"{_FILE}:{_quoted(os.getcwd())}/{match[2]}"
+    return f"{_FILE}:{quote_place(os.getcwd())}/{match[2]}"
 
 
 def open_source(
@@ -93,40 +92,9 @@ def open_source(
     return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only)
 
 
-def _parse_uri(kind: str, rest: str) -> dict[str, Any]:
-    options = _options_of(kind)
-    place_text, _, query = rest.partition("?")
-    given: dict[str, object] = {}
-    place = place_of(options)
-    if place_text.startswith("//"):  # kind://host/path, as in URIs of the web
-        host, slash, path = place_text[2:].partition("/")
-        if host not in ("", "localhost"):
-            raise UserError(f"source: '{kind}://{host}' names another host; accepted is {kind}:/path")
-        place_text = slash + path
-    if place_text:
-        if place is None:
-            raise UserError(f"source: '{kind}:' takes nothing but options, {kind}:?OPTION=VALUE")
-        given[place] = unquote(place_text)
-    for item in filter(None, query.split("&")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{key}: has no value; accepted is {key}=VALUE")
-        if key in given:
-            raise UserError(f"{key}: given twice; leave one out")
-        given[key] = unquote(value)
-    values = parse_values(kind, options, given)
-    if place is not None and place not in values:
-        raise UserError(f"source: '{kind}:' needs a {place} after the colon")
-    return values
-
-
 def _options_of(kind: str) -> type:
     return registry.backend(kind).Options
 
 
 def _names(kind: type[Backend]) -> set[str]:
     return {field.name for field in fields(kind.Options)}
-
-
-def _quoted(path: str) -> str:
-    return path.replace("%", "%25").replace("?", "%3F")

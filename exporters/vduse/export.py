@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -28,7 +29,7 @@ from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.stack import Stack
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
-from vduse_blk.queue import DiskRules, InflightLog, NativeQueue, PluginQueue, Queue
+from vduse_blk.queue import InflightLog, QueueFactory
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
 log = logging.getLogger("vduse_blk.disk")
@@ -38,6 +39,8 @@ _MSG_TIMEOUT = 120
 """Seconds the kernel waits for an answer. Long, because running into it loses the device for good; finite, because a host
 with a dead server must still be able to shut down."""
 _MIB = 1 << 20
+_QUEUES_DEFAULT = 8
+"""At most; one per CPU below that."""
 
 
 def bounce_size(queues: int, queue_size: int) -> int:
@@ -49,34 +52,30 @@ def bounce_size(queues: int, queue_size: int) -> int:
 class VduseExporter(Exporter):
     """The disk as ``/dev/vdX`` of this host."""
 
+    for_this_host = True
+
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         super().__init__(stack, name, options)
-        self._loop = asyncio.get_running_loop()
         self._undo = AsyncExitStack()
         self._disk: str | None = None
         self._server: DeviceServer | None = None
-        target = None if options.path == "plugin" else stack.native_target()
-        if target is None and options.path == "native":
-            raise UserError(
-                "path: 'native' is not possible, because this storage is served by Python; "
-                "accepted are 'auto' and 'plugin'",
-                exit_code=2,
-            )
-        self._target = target
-        self.path = "plugin" if target is None else "native"
+        self.queue_count = options.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT)
         self._virtio = VirtioBlkDevice(
-            stack.info,
-            num_queues=options.queues,
+            self.info,
+            num_queues=self.queue_count,
             queue_size=options.queue_size,
             transport=Feature.ACCESS_PLATFORM.mask,
         )
         limits = self._virtio.limits
-        self._rules = DiskRules(
-            stack.info,
+        self._factory = QueueFactory(
+            stack,
+            self.info,
+            path=options.path,
             max_discard=limits.max_discard,
             max_write_zeroes=limits.max_write_zeroes,
             max_ranges=limits.max_ranges,
         )
+        self.path = self._factory.path
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -99,9 +98,9 @@ class VduseExporter(Exporter):
         return Endpoint("block", f"/dev/{self._disk}")
 
     async def resized(self, info: BlockInfo) -> None:
-        self._rules.set_capacity(info.size)
+        self._factory.rules.set_capacity(info.size)
         assert self._server is not None
-        self._server.resize(self._virtio.resize(info))
+        self._server.resize(self._virtio.resize(self.info))
 
     async def stop(self) -> None:
         await self._delete()
@@ -123,10 +122,10 @@ class VduseExporter(Exporter):
         inflight = None
         if self.options.directory is not None:
             inflight = InflightLog.create(
-                self.options.directory / INFLIGHT_FILE, self.options.queues, self.options.queue_size
+                self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
             )
             self._undo.callback(inflight.close)
-        server = DeviceServer(device, self._virtio, self._make_queue, self._report, inflight)
+        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, inflight)
         self._server = server
         server.start()
         self._undo.push_async_callback(asyncio.to_thread, server.stop)
@@ -150,7 +149,7 @@ class VduseExporter(Exporter):
                     device_id=_DEVICE_ID_BLOCK,
                     features=self._virtio.offered,
                     config=self._virtio.config(),
-                    vq_num=options.queues,
+                    vq_num=self.queue_count,
                 )
             )
         except VduseError as error:
@@ -166,9 +165,9 @@ class VduseExporter(Exporter):
         # Open from now on: the node is exclusive, and nobody can take the device for a dead server's.
         device = Device.open(self.name)
         self._undo.callback(self._after, device.close, "closed")
-        for index in range(options.queues):
+        for index in range(self.queue_count):
             device.vq_setup(index, options.queue_size)
-        device.bounce_size = bounce_size(options.queues, options.queue_size)
+        device.bounce_size = bounce_size(self.queue_count, options.queue_size)
         device.msg_timeout = _MSG_TIMEOUT
         reached("configured")
         return device
@@ -209,17 +208,3 @@ class VduseExporter(Exporter):
     def _destroy(self, control: Control) -> None:
         control.destroy(self.name)
         reached("destroyed")
-
-    def _make_queue(self, index: int, failing: bool) -> Queue:
-        if failing:
-            return NativeQueue(index, self._rules, None)
-        if self._target is not None:
-            return NativeQueue(index, self._rules, self._target)
-        return PluginQueue(index, self._rules, self.stack, self._loop)
-
-    def _report(self, sentence: str) -> None:
-        def set_failed() -> None:
-            if not self.failed.done():
-                self.failed.set_result(sentence)
-
-        self._loop.call_soon_threadsafe(set_failed)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import compare
+from bench.host_load import Feed, Gauge, cpu_seconds
 from bench.report import MIN_ROUNDS, Report, Row, best_peer
 from bench.servers import run
 
@@ -108,8 +113,9 @@ def measured(ours: float, idle: float = 0.0) -> dict[str, object]:
     """What bench/guest.py leaves, of one case at one place with two ways of the peer."""
     case = "randread 4k QD32"
     speed = {"ours": ours, "peer1": 100.0, "peer2": 120.0}
+    same = {"server_cpu_us_per_io": 10.0, "p99_us": 50.0, "tries": 2, "disturbed": 0.1}
     runs = [
-        {"case": case, "round": number, "server": server, "iops": iops, "server_cpu_us_per_io": 10.0, "p99_us": 50.0}
+        {"case": case, "server": server, "iops": iops, **same}
         for number in range(5)
         for server, iops in speed.items()
     ]
@@ -173,3 +179,24 @@ def test_the_client_fails_on_what_is_no_disk(blkgen: Path) -> None:
         run(blkgen, "/dev/full", "read", "random", 4096, 1, 0.1)
     with pytest.raises(RuntimeError, match="usage"):
         run(blkgen, "/dev/null", "read", "backwards", 4096, 1, 0.1)
+
+
+def test_others_load_reaches_the_guest(tmp_path: Path) -> None:
+    """What a process outside the benchmark's own uses is seen through the file; what its own uses is not."""
+    all_but_sleep, all_but_spin = Gauge(tmp_path / "sleep"), Gauge(tmp_path / "spin")
+    assert all_but_sleep.share(all_but_sleep.look()) == 0.0
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(["sleep", "60"]) as sleep, subprocess.Popen(spin) as spinner:
+        try:
+            with Feed(tmp_path / "sleep", sleep.pid), Feed(tmp_path / "spin", spinner.pid):
+                time.sleep(0.5)
+                looks, used = (all_but_sleep.look(), all_but_spin.look()), cpu_seconds(spinner.pid)
+                time.sleep(2.0)
+                seen = all_but_sleep.share(looks[0]) - all_but_spin.share(looks[1])
+                used = cpu_seconds(spinner.pid) - used
+        finally:
+            sleep.kill()
+            spinner.kill()
+    assert used > 0
+    assert seen == pytest.approx(used / 2.0 / (os.cpu_count() or 1), rel=0.35)
+    assert not (tmp_path / "spin").exists()

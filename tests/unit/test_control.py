@@ -224,13 +224,14 @@ class TestWorkerSpec:
         spec = WorkerSpec(
             name="d", source="/x", options={"direct": True}, read_only=True, queues=3, queue_size=64,
             serial="S 1", block_size=4096, size=8192, path="plugin", ready_fd=5, timeout=2.5,
+            exports=("vduse", "vhost-user:/x"),
         )  # fmt: skip
         assert WorkerSpec.from_json(spec.to_json()) == spec
 
     def test_only_name_and_source_are_needed(self) -> None:
         """Every other key has a default."""
         spec = WorkerSpec.from_json('{"name": "d", "source": "/x"}')
-        assert (spec.queue_size, spec.queues, spec.path, spec.export) == (256, None, "auto", "vduse")
+        assert (spec.queue_size, spec.queues, spec.path, spec.exports) == (256, None, "auto", ("vduse",))
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -239,7 +240,8 @@ class TestWorkerSpec:
             ("queues", 65), ("queues", True), ("queue_size", 0), ("queue_size", 2), ("queue_size", 100),
             ("queue_size", 65536), ("queue_size", None), ("serial", ""), ("serial", "x" * 21),
             ("serial", "ä"), ("serial", "a\n"), ("block_size", 0), ("block_size", 8192), ("size", 0),
-            ("size", -512), ("size", 513), ("path", "fast"), ("ready_fd", "5"), ("export", None),
+            ("size", -512), ("size", 513), ("path", "fast"), ("ready_fd", "5"),
+            ("exports", None), ("exports", []), ("exports", [""]), ("exports", [1]), ("exports", "vduse"),
             ("timeout", 0), ("timeout", -1.5), ("timeout", "5"), ("timeout", True),
             ("colour", "red"),
         ],

@@ -20,12 +20,20 @@ RULES: dict[str, tuple[str, ...]] = {
     "vduse_blk.backends": ("vduse_blk.block",),
     "vduse_blk.filters": ("vduse_blk.block",),
     "vduse_blk.block.holders": ("vduse_blk.block",),
-    "vduse_blk.exporter": ("vduse_blk.block",),
+    "vduse_blk.exporter": ("vduse_blk.block", "vduse_blk.block.holders"),
     "vduse_blk.registry": ("vduse_blk.block", "vduse_blk.exporter"),
     "vduse_blk.source": ("vduse_blk.block", "vduse_blk.registry"),
+    "vduse_blk.exports": ("vduse_blk.block", "vduse_blk.exporter", "vduse_blk.registry"),
     "vduse_blk.control": ("vduse_blk.block",),
     "vduse_blk.exporters.vduse": (
         "pyvduse",
+        "vduse_blk.block",
+        "vduse_blk.virtio",
+        "vduse_blk.queue",
+        "vduse_blk.exporter",
+        "vduse_blk.block.holders",
+    ),
+    "vduse_blk.exporters.vhost_user": (
         "vduse_blk.block",
         "vduse_blk.virtio",
         "vduse_blk.queue",
@@ -36,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "vduse_blk.block",
         "vduse_blk.control",
         "vduse_blk.exporter",
+        "vduse_blk.exports",
         "vduse_blk.block.holders",
         "vduse_blk.queue",
         "vduse_blk.registry",
@@ -46,6 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "vduse_blk.control",
         "vduse_blk.registry",
         "vduse_blk.source",
+        "vduse_blk.exports",
         "vduse_blk.exporters",
     ),
     "vduse_blk.testing": (
@@ -152,7 +162,8 @@ def test_heavy_libraries_stay_where_they_belong() -> None:
 def test_a_server_loads_no_heavy_library() -> None:
     """What the worker imports to serve a native disk is free of click, rich, pyroute2, numpy."""
     code = (
-        "import sys, vduse_blk.worker.serve, vduse_blk.exporters.vduse.export, vduse_blk.backends.file;"
+        "import sys, vduse_blk.worker.serve, vduse_blk.backends.file;"
+        "import vduse_blk.exporters.vduse.export, vduse_blk.exporters.vhost_user.export;"
         f"print([m for m in {sorted(LIBRARIES)!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

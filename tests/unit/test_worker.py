@@ -50,7 +50,7 @@ class Server:
             )
         assert self.process.stdin is not None
         with self.process.stdin as stdin:
-            stdin.write(json.dumps({"name": "d", "source": "fake:?size=1M", "export": "fake"} | spec).encode())
+            stdin.write(json.dumps({"name": "d", "source": "fake:?size=1M", "exports": ["fake"]} | spec).encode())
 
     @property
     def log(self) -> str:

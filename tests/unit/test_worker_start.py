@@ -20,7 +20,7 @@ def test_a_failed_start_takes_back_only_what_it_created(existed: bool, tmp_path:
     run.mkdir()
     if existed:
         path.write_bytes(bytes(MIB))
-    spec = {"name": "d", "source": str(path), "size": MIB, "export": "nowhere"}
+    spec = {"name": "d", "source": str(path), "size": MIB, "exports": [f"vhost-user:{tmp_path}/nowhere/socket"]}
     done = subprocess.run(
         [sys.executable, "-m", "vduse_blk.worker"],
         input=json.dumps(spec),
@@ -29,6 +29,6 @@ def test_a_failed_start_takes_back_only_what_it_created(existed: bool, tmp_path:
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "'nowhere' does not exist" in done.stderr
+    assert "no socket can be made" in done.stderr
     assert path.exists() == existed
     assert list(run.iterdir()) == []

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from types import UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
 from vduse_blk.block.errors import UserError
 
@@ -73,6 +74,42 @@ def make_options(owner: str, options: type, given: Mapping[str, object]) -> Any:
         if field.default is MISSING and field.name not in values:
             raise UserError(f"{field.name}: '{owner}' needs it: {field.metadata['help']}")
     return options(**values)
+
+
+def parse_uri(what: str, owner: str, options: type, rest: str) -> dict[str, Any]:
+    """Check and convert what stands behind ``owner:`` in a URI, ``PLACE?OPTION=VALUE&…``. The place is the value of the
+    *place* option; it and the values are percent-decoded.
+
+    ``what`` is what the URI names ("source"), for messages. Raises UserError.
+    """
+    place_text, _, query = rest.partition("?")
+    given: dict[str, object] = {}
+    place = place_of(options)
+    if place_text.startswith("//"):  # kind://host/path, as in URIs of the web
+        host, slash, path = place_text[2:].partition("/")
+        if host not in ("", "localhost"):
+            raise UserError(f"{what}: '{owner}://{host}' names another host; accepted is {owner}:/path")
+        place_text = slash + path
+    if place_text:
+        if place is None:
+            raise UserError(f"{what}: '{owner}:' takes nothing but options, {owner}:?OPTION=VALUE")
+        given[place] = unquote(place_text)
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{key}: has no value; accepted is {key}=VALUE")
+        if key in given:
+            raise UserError(f"{key}: given twice; leave one out")
+        given[key] = unquote(value)
+    values = parse_values(owner, options, given)
+    if place is not None and place not in values:
+        raise UserError(f"{what}: '{owner}:' needs a {place} after the colon")
+    return values
+
+
+def quote_place(path: str) -> str:
+    """A path that is to stand in a URI as it is."""
+    return path.replace("%", "%25").replace("?", "%3F")
 
 
 def help_rows(options: type) -> list[tuple[str, str, str]]:

@@ -16,6 +16,7 @@ from vduse_blk.block.options import parse_size
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import BLOCK_SIZES, PATHS, ControlError, Exit, WorkerSpec
+from vduse_blk.exports import absolute_export
 from vduse_blk.source import absolute_source, parse_source
 
 _Command = Callable[..., Any]
@@ -57,6 +58,15 @@ def disk_options(command: _Command) -> _Command:
             show_default=True,
             help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
         ),
+        click.option(
+            "--export",
+            "exports",
+            multiple=True,
+            default=("vduse",),
+            show_default=True,
+            metavar="EXPORT",
+            help="How to present the disk: vduse, or vhost-user:SOCKET for virtual machines. May be given several times.",
+        ),
     )
     for parameter in reversed(parameters):
         command = parameter(command)
@@ -68,7 +78,7 @@ def disk_options(command: _Command) -> _Command:
 @timeout_option("Longest wait for the disk; then everything is undone.")
 @json_option
 def attach(source: str, name: str | None, as_json: bool, timeout: float, **options: Any) -> None:
-    """Make a disk whose storage is SOURCE, and print its path (/dev/vdX).
+    """Make a disk whose storage is SOURCE, and print its path (/dev/vdX, or the socket's).
 
     SOURCE is a path (./disk.img, /dev/sdb) or KIND:PLACE?OPTION=VALUE (file:/x?direct=1, memory:1G,
     null:10G). The disk's server runs in the background; its log and state are in /run/vduse-blk/N/. Either
@@ -109,12 +119,15 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
     os.execv(command[0], command)
 
 
-def specification(source: str, name: str | None, **options: Any) -> WorkerSpec:
+def specification(
+    source: str, name: str | None, *, exports: tuple[str, ...] = ("vduse",), **options: Any
+) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
     parsed = parse_source(source)
     return WorkerSpec(
         name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
         source=absolute_source(source),
+        exports=tuple(absolute_export(export) for export in exports),
         **options,
     )
 

@@ -102,14 +102,15 @@ enum vblk_status { VBLK_S_OK = 0, VBLK_S_IOERR = 1, VBLK_S_UNSUPP = 2 };
 
 enum { VBLK_SERIAL_SIZE = 20, VBLK_RANGES_MAX = 32, VBLK_SECTOR = 512 };
 
-/* What the disk accepts. `capacity` is stored by control and loaded by queue atomically; the rest is constant. */
+/* What the disk accepts. `capacity` and `writethrough` are stored by control and loaded by queue atomically; the rest is
+ * constant. */
 struct vblk_rules {
     uint64_t capacity;   /* bytes */
     uint32_t block_size; /* logical block, bytes */
     uint8_t read_only;
     uint8_t discard;
     uint8_t write_zeroes;
-    uint8_t reserved;
+    uint8_t writethrough; /* what is written is durable when the request is answered */
     uint32_t max_discard_sectors;      /* per range */
     uint32_t max_write_zeroes_sectors; /* per range */
     uint32_t max_ranges;               /* per request, <= VBLK_RANGES_MAX */
@@ -126,6 +127,7 @@ struct vblk_range {
 /* ---- queue.c, engine.c: serving a virtqueue -------------------------------------------------------------------- */
 
 enum vb_target_kind { VB_TARGET_NONE = 0, VB_TARGET_FILE, VB_TARGET_MEMORY, VB_TARGET_NULL };
+/* EVENTFD: the file is shared with the driver, who may have made it blocking, and full. */
 enum vb_notify_kind { VB_NOTIFY_EVENTFD = 0, VB_NOTIFY_VDUSE };
 enum { VB_RESUME = 0x10000 };
 enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC };
@@ -215,6 +217,8 @@ void vb_queue_answer_miss(struct vb_queue *queue);
 void vb_queue_wake(struct vb_queue *queue);
 /* Control: change the size of the disk, in bytes; seen by every request popped afterwards. */
 void vblk_set_capacity(struct vblk_rules *rules, uint64_t capacity);
+/* Control: whether writes must be durable when they are answered; holds for every request popped afterwards. */
+void vblk_set_writethrough(struct vblk_rules *rules, int on);
 
 /* Native: a C thread serves the queue. 0 or -errno. */
 int vb_engine_start(struct vb_queue *queue, const struct vb_target *target);
@@ -224,7 +228,8 @@ void vb_engine_stop(struct vb_queue *queue);
 /* Plugin: one request as Python sees it. */
 struct vb_item {
     uint16_t head;
-    uint16_t op; /* enum vblk_op: READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES */
+    uint8_t op;  /* enum vblk_op: READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES */
+    uint8_t fua; /* WRITE, WRITE_ZEROES: durable when answered */
     uint32_t iov_count;
     uint64_t offset;
     uint64_t length;

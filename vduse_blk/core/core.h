@@ -133,6 +133,7 @@ struct vblk_req {
     uint16_t head;
     uint8_t op; /* enum vblk_op */
     bool busy;  /* popped and not yet pushed */
+    bool fua;   /* WRITE, WRITE_ZEROES: durable when answered */
     uint8_t status;
     uint16_t iov_count;
     uint32_t used_length; /* what the used ring will say when the status byte is reachable */

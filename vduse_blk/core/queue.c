@@ -15,6 +15,7 @@
 
 #include <errno.h>
 #include <linux/vduse.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -334,7 +335,10 @@ static void notify(struct vb_queue *queue)
     const struct vb_queue_config *config = &queue->config;
     COUNT(queue->counters.notifies, 1);
     if (config->notify_kind == VB_NOTIFY_EVENTFD) {
-        signal_eventfd(config->notify_fd);
+        /* A full one has woken its reader already, and if it is blocking a write would wait for that reader. */
+        struct pollfd room = {.fd = config->notify_fd, .events = POLLOUT};
+        if (poll(&room, 1, 0) == 1)
+            signal_eventfd(config->notify_fd);
         return;
     }
     uint32_t index = config->index;
@@ -373,6 +377,7 @@ int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room)
             struct vb_item *item = &items[count++];
             item->head = req->head;
             item->op = req->op;
+            item->fua = req->fua;
             item->iov_count = req->iov_count;
             item->offset = req->offset;
             item->length = req->length;

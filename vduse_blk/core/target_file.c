@@ -10,9 +10,10 @@
  *                   not write, and says so once
  *   DISCARD         a file: fallocate(PUNCH_HOLE) per range; a block device: BLKDISCARD, through io_uring where the kernel
  *                   has it (6.12). Not supported = UNSUPP, the driver stops asking
+ *                   A write that must be durable has RWF_DSYNC; one that fails tells of lost data just so
  *   WRITE_ZEROES    UNMAP: PUNCH_HOLE, which reads back as zeros; otherwise ZERO_RANGE, which keeps the space. Where
- *                   the file system has neither, zeros are written. On an O_DSYNC descriptor made durable at the end:
- *                   that flag is about writes only
+ *                   the file system has neither, zeros are written. On an O_DSYNC descriptor made durable at the end
+ *                   (that flag is about writes only), and so if the request asks for it
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -53,6 +54,13 @@ void target_file_open(struct target_file *file, const struct vb_target *target)
 static bool has_lost(const struct target_file *file)
 {
     return file->lost != NULL && __atomic_load_n(file->lost, __ATOMIC_ACQUIRE) != 0;
+}
+
+/* The kernel has said that something was not written. It says so once, so we remember. */
+static void lose(const struct target_file *file)
+{
+    if (file->lost != NULL)
+        __atomic_store_n(file->lost, 1, __ATOMIC_RELEASE);
 }
 
 /* The cheapest way that is not known to fail, or WAY_OPEN. */
@@ -124,8 +132,10 @@ static int plan(struct target_file *file, struct vblk_req *req, struct step *ste
         while (req->step < req->range_count && req->ranges[req->step].length == 0)
             req->step++;
         if (req->step == req->range_count) {
-            if (!file->sync || req->op == VBLK_DISCARD || req->phase == WAY_SYNC)
+            if (req->op == VBLK_DISCARD || req->phase == WAY_SYNC || !(file->sync || req->fua))
                 return 0;
+            if (has_lost(file))
+                return -EIO;
             req->phase = WAY_SYNC;
             step->call = STEP_SYNC;
             return 1;
@@ -177,6 +187,12 @@ static void advance_iov(struct vblk_req *req, size_t done)
     }
 }
 
+/* Zeros for WRITE_ZEROES are made durable all at once, at the end. */
+static int write_flags(const struct vblk_req *req)
+{
+    return req->op == VBLK_WRITE && req->fua ? RWF_DSYNC : 0;
+}
+
 /* One direct transfer through aligned memory, of what is left of a request or BOUNCE_BYTES. Bytes done, or -errno. */
 static int bounce(const struct target_file *file, const struct vblk_req *req)
 {
@@ -199,7 +215,8 @@ static int bounce(const struct target_file *file, const struct vblk_req *req)
         at += here;
     }
     if (!reading) {
-        done = pwrite(file->fd, memory, length, offset);
+        struct iovec whole = {.iov_base = memory, .iov_len = length};
+        done = pwritev2(file->fd, &whole, 1, offset, write_flags(req));
         error = done < 0 ? -errno : 0;
     }
     free(memory);
@@ -213,6 +230,8 @@ static int advance_transfer(struct target_file *file, struct vblk_req *req, int 
         result = bounce(file, req);
     if (result == -EINTR || result == -EAGAIN)
         return 1;
+    if (result == -EIO && req->op == VBLK_WRITE && req->fua)
+        lose(file);
     if (result < 0)
         return result;
     if (result == 0)
@@ -230,6 +249,8 @@ static int advance_range(struct target_file *file, struct vblk_req *req, int res
         req->phase = WAY_OPEN;
         return 1;
     }
+    if (result < 0 && way == WAY_SYNC)
+        lose(file);
     if (result < 0)
         return result;
     if (way == WAY_SYNC)
@@ -260,8 +281,7 @@ int target_file_advance(struct target_file *file, struct vblk_req *req, int resu
         return advance_range(file, req, result);
     default: /* FLUSH */
         if (result < 0) {
-            if (file->lost != NULL)
-                __atomic_store_n(file->lost, 1, __ATOMIC_RELEASE);
+            lose(file);
             return result;
         }
         req->step = 1;
@@ -286,7 +306,7 @@ int target_file_sync(struct target_file *file, struct vblk_req *req)
             result = preadv(file->fd, step.iov, (int)step.iov_count, (off_t)step.offset);
             break;
         case STEP_WRITE:
-            result = pwritev(file->fd, step.iov, (int)step.iov_count, (off_t)step.offset);
+            result = pwritev2(file->fd, step.iov, (int)step.iov_count, (off_t)step.offset, write_flags(req));
             break;
         case STEP_SYNC:
             result = fdatasync(file->fd);
@@ -339,6 +359,7 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
             sqe->len = step.iov_count;
         }
         sqe->off = step.offset;
+        sqe->rw_flags = (uint32_t)(step.call == STEP_WRITE ? write_flags(req) : 0);
         break;
     case STEP_SYNC:
         sqe->opcode = IORING_OP_FSYNC;

@@ -37,6 +37,11 @@ void vblk_set_capacity(struct vblk_rules *rules, uint64_t capacity)
     __atomic_store_n(&rules->capacity, capacity, __ATOMIC_RELEASE);
 }
 
+void vblk_set_writethrough(struct vblk_rules *rules, int on)
+{
+    __atomic_store_n(&rules->writethrough, (uint8_t)(on != 0), __ATOMIC_RELEASE);
+}
+
 enum vblk_status vblk_status_of_errno(int error)
 {
     if (error == 0)
@@ -248,6 +253,7 @@ enum vblk_verdict vblk_parse(const struct vblk_rules *rules, const struct vring_
     req->step = 0;
     req->progress = 0;
     req->phase = 0;
+    req->fua = __atomic_load_n(&rules->writethrough, __ATOMIC_ACQUIRE) != 0;
 
     if (writable == 0)
         return malformed(req); /* nowhere to put a status */

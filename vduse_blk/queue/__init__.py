@@ -1,18 +1,21 @@
 """Virtqueues of a disk: where the memory is (IovaMap), what a queue needs (QueueSetup), who serves it."""
 
 from vduse_blk.queue.base import DiskRules, Queue, QueueSetup, QueueState, QueueView
+from vduse_blk.queue.factory import QueueFactory
 from vduse_blk.queue.inflight import InflightLog
-from vduse_blk.queue.iova import IovaMap, Region
+from vduse_blk.queue.iova import FdRange, IovaMap, Region
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
 
 __all__ = [
     "DiskRules",
+    "FdRange",
     "InflightLog",
     "IovaMap",
     "NativeQueue",
     "PluginQueue",
     "Queue",
+    "QueueFactory",
     "QueueSetup",
     "QueueState",
     "QueueView",

@@ -102,6 +102,10 @@ class DiskRules:
         """Bytes; seen by every request popped afterwards. Any thread."""
         lib.vblk_set_capacity(self.c, size)
 
+    def set_writethrough(self, on: bool) -> None:
+        """Whether writes must be durable when they are answered; for every request popped afterwards. Any thread."""
+        lib.vblk_set_writethrough(self.c, int(on))
+
 
 class Queue(Protocol):
     """Start, stop, look. All calls come from the control thread of the device unless they say otherwise."""

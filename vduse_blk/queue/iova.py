@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,17 @@ class Region:
     @property
     def length(self) -> int:
         return self.last - self.start + 1
+
+
+@dataclass(frozen=True, slots=True)
+class FdRange:
+    """IOVA bytes ``start`` to ``last`` inclusive, ``offset`` bytes into the file ``fd``."""
+
+    fd: int
+    start: int
+    last: int
+    offset: int
+    access: int
 
 
 class IovaMap:
@@ -86,21 +98,41 @@ class IovaMap:
 
         Raises OSError: EEXIST for an overlap, or what mmap said.
         """
-        self._check_free(start, last)
-        page = os.sysconf("SC_PAGESIZE")
-        skip = offset % page
-        length = last - start + 1 + skip
-        error = ffi.new("int *")
-        address = lib.mapping_map(fd, offset - skip, length, int(bool(access & WRITE)), error)
-        if not address:
-            raise OSError(error[0], f"mmap of IOVA {start:#x}-{last:#x}: {os.strerror(error[0])}")
-        base = int(ffi.cast("uintptr_t", address))
-        return self._add(Region(start, last, base + skip, access, True, base, length))
+        (region,) = self.change(add=[FdRange(fd, start, last, offset, access)])
+        return region
+
+    def change(self, *, add: Sequence[FdRange] = (), remove: Collection[Region] = ()) -> list[Region]:
+        """Unmap some regions and map others in one step: no queue sees a state between. Returns the new ones, in order, when
+        nothing in flight can touch the old ones any more.
+
+        Raises OSError as ``add_fd`` does; then nothing has changed.
+        """
+        gone = {region.start for region in remove}
+        kept = [region for region in self._regions.values() if region.start not in gone]
+        added: list[Region] = []
+        try:
+            for new in add:
+                self._check_free(new.start, new.last, [*kept, *added])
+                added.append(self._map(new))
+        except BaseException:
+            for region in added:
+                self._unmap(region)
+            raise
+        self._regions = {region.start: region for region in (*kept, *added)}
+        self._publish(drain=bool(gone))
+        if gone:
+            self._wait(None)
+            for region in remove:
+                self._unmap(region)
+        return added
 
     def add_memory(self, *, start: int, last: int, host: int, access: int = READ | WRITE) -> Region:
         """Publish memory of this process at address ``host``; it stays the caller's. Raises OSError(EEXIST)."""
-        self._check_free(start, last)
-        return self._add(Region(start, last, host, access))
+        self._check_free(start, last, self._regions.values())
+        region = Region(start, last, host, access)
+        self._regions[start] = region
+        self._publish(drain=False)
+        return region
 
     def remove(self, start: int = 0, last: int = 2**64 - 1, *, timeout: float | None = None) -> None:
         """Unmap every region that overlaps [start, last]; returns when nothing in flight can touch it.
@@ -143,16 +175,25 @@ class IovaMap:
         if not self._queues:
             del self._tables[:-1]
 
-    def _check_free(self, start: int, last: int) -> None:
+    @staticmethod
+    def _check_free(start: int, last: int, regions: Iterable[Region]) -> None:
         if not 0 <= start <= last < 2**64:
             raise OSError(errno.EINVAL, f"IOVA {start:#x}-{last:#x} is no range")
-        if self.overlaps(start, last):
+        if any(region.start <= last and start <= region.last for region in regions):
             raise OSError(errno.EEXIST, f"IOVA {start:#x}-{last:#x} overlaps a mapping")
 
-    def _add(self, region: Region) -> Region:
-        self._regions[region.start] = region
-        self._publish(drain=False)
-        return region
+    @staticmethod
+    def _map(new: FdRange) -> Region:
+        # Huge pages of hugetlbfs are mapped and unmapped whole; st_blksize is their size there.
+        page = max(os.sysconf("SC_PAGESIZE"), os.fstat(new.fd).st_blksize)
+        skip = new.offset % page
+        length = min((new.last - new.start + 1 + skip + page - 1) // page * page, 2**64 - 1)
+        error = ffi.new("int *")
+        address = lib.mapping_map(new.fd, new.offset - skip, length, int(bool(new.access & WRITE)), error)
+        if not address:
+            raise OSError(error[0], f"mmap of IOVA {new.start:#x}-{new.last:#x}: {os.strerror(error[0])}")
+        base = int(ffi.cast("uintptr_t", address))
+        return Region(new.start, new.last, base + skip, new.access, True, base, length)
 
     def _publish(self, *, drain: bool) -> None:
         regions = self.regions

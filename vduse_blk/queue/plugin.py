@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
+import select
 import struct
 from collections import deque
 from collections.abc import Coroutine
@@ -29,7 +29,7 @@ from vduse_blk.queue.iova import IovaMap
 log = logging.getLogger("vduse_blk.disk")
 
 _WORKERS = 64  # requests of one queue in Python at a time; the rest waits in the ring
-_ITEM = struct.Struct("<HHIQQQQQ")
+_ITEM = struct.Struct("<HBBIQQQQQ")
 assert _ITEM.size == ffi.sizeof("struct vb_item")
 _STATUS = {Status.OK: lib.VBLK_S_OK, Status.IOERR: lib.VBLK_S_IOERR, Status.UNSUPP: lib.VBLK_S_UNSUPP}
 
@@ -37,6 +37,7 @@ _STATUS = {Status.OK: lib.VBLK_S_OK, Status.IOERR: lib.VBLK_S_IOERR, Status.UNSU
 class _Item(NamedTuple):
     head: int
     op: int
+    fua: int
     iov_count: int
     offset: int
     length: int
@@ -62,14 +63,16 @@ class PluginQueue(CoreQueue):
         self._polling = False
         self._popping = False
         self._drained: asyncio.Event = asyncio.Event()
-        self._kick_fd = -1
+        self._kick: select.epoll | None = None
 
     # ------------------------------------------------------------------------------------------- control thread
 
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
         self._create(setup, iova)
-        self._kick_fd = setup.kick_fd
         try:
+            # Edge-triggered, in an epoll of its own, and never read: the descriptor may be blocking, and others may read it.
+            self._kick = select.epoll()
+            self._kick.register(setup.kick_fd, select.EPOLLIN | select.EPOLLET)
             self._on_loop(self._start())
         except BaseException:
             self._destroy()
@@ -83,6 +86,12 @@ class PluginQueue(CoreQueue):
         self._running = False
         self._iova.detach(self)
         return self._destroy()
+
+    def _destroy(self) -> int:
+        if self._kick is not None:
+            self._kick.close()
+            self._kick = None
+        return super()._destroy()
 
     def set_table(self, table: Any) -> None:
         super().set_table(table)
@@ -102,12 +111,14 @@ class PluginQueue(CoreQueue):
         self._drained.set()
         self._tasks = [self._loop.create_task(self._work()) for _ in range(_WORKERS)]
         await asyncio.sleep(0)  # every worker has registered itself as idle
-        self._loop.add_reader(self._kick_fd, self._on_kick)
+        assert self._kick is not None
+        self._loop.add_reader(self._kick, self._on_kick)
         self._look()
 
     async def _stop(self) -> None:
         self._popping = False
-        self._loop.remove_reader(self._kick_fd)
+        assert self._kick is not None
+        self._loop.remove_reader(self._kick)
         await self._drained.wait()
         for task in self._tasks:
             task.cancel()
@@ -116,10 +127,8 @@ class PluginQueue(CoreQueue):
         self._idle.clear()
 
     def _on_kick(self) -> None:
-        try:
-            os.read(self._kick_fd, 8)
-        except BlockingIOError:
-            pass
+        assert self._kick is not None
+        self._kick.poll(0, 1)
         self._look()
 
     def _look(self) -> None:
@@ -189,7 +198,7 @@ class PluginQueue(CoreQueue):
         elif item.op == lib.VBLK_WRITE:
             views = [view.toreadonly() for view in self._views(item)]
             try:
-                await stack.write(item.offset, views)
+                await stack.write(item.offset, views, fua=bool(item.fua))
             finally:
                 _release(views)
         elif item.op == lib.VBLK_FLUSH:
@@ -202,7 +211,9 @@ class PluginQueue(CoreQueue):
                 if item.op == lib.VBLK_DISCARD:
                     await stack.discard(ranges[i].offset, ranges[i].length)
                 else:
-                    await stack.write_zeroes(ranges[i].offset, ranges[i].length, unmap=bool(ranges[i].unmap))
+                    await stack.write_zeroes(
+                        ranges[i].offset, ranges[i].length, unmap=bool(ranges[i].unmap), fua=bool(item.fua)
+                    )
         else:
             raise OSError(errno.EOPNOTSUPP, f"request type {item.op}")
 

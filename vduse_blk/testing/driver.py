@@ -65,15 +65,16 @@ class FakeDriver:
         *,
         event_idx: bool = True,
         indirect: bool = True,
-        memory: int = 16 << 20,
+        memory: int | mmap.mmap = 16 << 20,
         base: int = 0x10000000,
         memory_fd: int = -1,
     ) -> None:
+        """``memory``: how many bytes, or the mapping to use, which this object closes."""
         self.num = num
         self.event_idx = event_idx
         self.indirect = indirect
         self.base = base
-        self.memory = mmap.mmap(memory_fd, memory)
+        self.memory = mmap.mmap(memory_fd, memory) if isinstance(memory, int) else memory
         self._view = ffi.from_buffer(self.memory)
         self._halfwords = memoryview(self.memory).cast("H")
         self.host = int(ffi.cast("uintptr_t", self._view))

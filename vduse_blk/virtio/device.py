@@ -12,6 +12,8 @@ SECTOR = 512
 _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")  # struct virtio_blk_config up to write_zeroes_may_unmap, 60 bytes
 assert _CONFIG.size == 60
 
+CONFIG_WCE_OFFSET = 32
+"""Of the byte ``wce`` in the configuration space, the only one a driver may write."""
 _SEG_MAX = 254  # 1 MiB of scattered 4 KiB pages in one request, and what a queue of 256 holds without indirect tables
 _MAX_DISCARD = 256 << 20
 _MAX_WRITE_ZEROES = 32 << 20  # may have to be written out
@@ -33,13 +35,19 @@ class Limits:
 
 class VirtioBlkDevice:
     """``info`` is the disk, ``num_queues`` and ``queue_size`` (entries) its virtqueues, ``transport`` the feature bits
-    the export adds (for VDUSE ACCESS_PLATFORM)."""
+    the export adds (for VDUSE ACCESS_PLATFORM), ``config_wce`` whether the driver can write to the configuration space and
+    so choose between write-back and write-through."""
 
-    def __init__(self, info: BlockInfo, *, num_queues: int, queue_size: int, transport: int) -> None:
+    def __init__(
+        self, info: BlockInfo, *, num_queues: int, queue_size: int, transport: int, config_wce: bool = False
+    ) -> None:
         self.info = info
         self.num_queues = num_queues
         self.queue_size = queue_size
+        self.writeback = True
+        """The driver's choice, the byte ``wce``; it counts if CONFIG_WCE was negotiated."""
         self._transport = transport
+        self._config_wce = config_wce
         self.limits = Limits(
             seg_max=max(1, min(_SEG_MAX, queue_size - 2)),
             max_discard=_MAX_DISCARD,
@@ -57,6 +65,7 @@ class VirtioBlkDevice:
             Feature.BLK_SIZE: True,
             Feature.FLUSH: info.volatile_cache,
             Feature.TOPOLOGY: True,
+            Feature.CONFIG_WCE: self._config_wce and info.volatile_cache and not info.read_only,
             Feature.MQ: self.num_queues > 1,
             Feature.DISCARD: info.discard is not Support.NONE and not info.read_only,
             Feature.WRITE_ZEROES: info.write_zeroes is not Support.NONE and not info.read_only,
@@ -98,7 +107,7 @@ class VirtioBlkDevice:
             0,  # alignment_offset
             min(physical // block, 0xFFFF),  # min_io_size
             info.optimal_io_size // block,
-            0,  # wce: not offered
+            int(bool(self.offered & Feature.CONFIG_WCE.mask) and self.writeback),
             0,
             self.num_queues,
             self.limits.max_discard // SECTOR if discards else 0,
@@ -108,6 +117,14 @@ class VirtioBlkDevice:
             1 if zeroes else 0,  # max_write_zeroes_seg: Linux sends one range
             1 if zeroes else 0,  # may_unmap
         )
+
+    def is_writethrough(self, driver_features: int) -> bool:
+        """Whether the driver takes every completed write as durable (5.2.5.2), and the storage does not make it so."""
+        if not self.info.volatile_cache:
+            return False
+        if driver_features & Feature.CONFIG_WCE.mask:
+            return not self.writeback
+        return not driver_features & Feature.FLUSH.mask
 
     def resize(self, info: BlockInfo) -> bytes:
         """Take the new size; returns the bytes at offset 0 of the configuration space that change."""

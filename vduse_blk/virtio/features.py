@@ -7,14 +7,15 @@ import enum
 
 class Feature(enum.IntEnum):
     """Bit numbers. Absent on purpose: SECURE_ERASE (Linux maps its range list device-writable, so over VDUSE the device
-    would read another request's bytes as ranges), CONFIG_WCE (VDUSE forbids it), NOTIFICATION_DATA (VDUSE cannot carry
-    it), IN_ORDER (requests complete out of order)."""
+    would read another request's bytes as ranges), NOTIFICATION_DATA (VDUSE cannot carry it), IN_ORDER (requests complete out
+    of order)."""
 
     SEG_MAX = 2
     RO = 5
     BLK_SIZE = 6
     FLUSH = 9
     TOPOLOGY = 10
+    CONFIG_WCE = 11  # only where the transport lets the driver write to the configuration space; VDUSE does not
     MQ = 12
     DISCARD = 13
     WRITE_ZEROES = 14

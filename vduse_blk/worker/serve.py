@@ -15,27 +15,36 @@ import os
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control, registry
+from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.source import open_source
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
 
 log = logging.getLogger("vduse_blk.disk")
 
-_QUEUES_DEFAULT = 8
 _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
 _MARGIN = 10.0
 """Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """One way in which the disk is presented now. ``text`` is what the user calls it."""
+
+    text: str
+    exporter: Exporter
+    endpoint: Endpoint
 
 
 class Worker:
@@ -48,8 +57,7 @@ class Worker:
         self._started_at = time.time()
         self._began = time.monotonic()
         self._stack: Stack | None = None
-        self._exporter: Exporter | None = None
-        self._endpoint: Endpoint | None = None
+        self._exports: list[_Export] = []
         self._changing = asyncio.Lock()  # one resize or detach at a time
         self._finished = asyncio.Event()
         self._undone = asyncio.Event()  # a start that failed
@@ -60,13 +68,15 @@ class Worker:
     async def run(self) -> None:
         """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left), or if the disk
         is gone and its storage could not be closed."""
+        wanted = parse_exports(self._spec.exports)
         lock = control.lock_directory(self._spec.name)
         try:
             async with AsyncExitStack() as undo:
                 self._write_state()
                 reached("locked")
-                for problem in harden():
-                    log.warning("%s", problem)
+                if any(export.exporter.for_this_host for export in wanted):
+                    for problem in harden():
+                        log.warning("%s", problem)
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
                 loop = asyncio.get_running_loop()
@@ -75,7 +85,7 @@ class Worker:
                     if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                         loop.add_signal_handler(number, self._on_signal, number)
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
-                await self._run_start()
+                await self._run_start(wanted)
                 await self._finished.wait()
                 if self._loss is not None:
                     raise ControlError(str(self._loss), Exit.FAILED) from self._loss
@@ -86,15 +96,15 @@ class Worker:
 
     # --------------------------------------------------------------------------------------------------- start
 
-    async def _run_start(self) -> None:
-        self._start = asyncio.get_running_loop().create_task(self._bring_up())
+    async def _run_start(self, wanted: list[ExportSpec]) -> None:
+        self._start = asyncio.get_running_loop().create_task(self._bring_up(wanted))
         try:
             await self._start
         except BaseException as error:
-            # The export undoes what its own start did; from then on it is ours to undo.
+            # An export undoes what its own start did; from then on it is ours to undo.
             try:
-                if self._exporter is not None:
-                    await self._stop_export()
+                if self._exports:
+                    await self._stop_exports()
                 if not self._is_left():
                     await self._close_storage(abandon=True)
             except Exception:
@@ -108,7 +118,7 @@ class Worker:
         finally:
             self._start = None
 
-    async def _bring_up(self) -> None:
+    async def _bring_up(self, wanted: list[ExportSpec]) -> None:
         spec = self._spec
         if self._given_up is not None:
             raise asyncio.CancelledError
@@ -123,31 +133,35 @@ class Worker:
         await stack.open()
         self._stack = stack
         reached("opened")
-        exporter = registry.exporter(spec.export)(
-            stack,
-            spec.name,
-            ExportOptions(
-                queues=spec.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT),
-                queue_size=spec.queue_size,
-                path=spec.path,
-                directory=control.DiskPaths.of(spec.name).directory,
-                **self._patience(),
-            ),
-        )
-        self._endpoint = await exporter.start()
-        self._exporter = exporter
-        exporter.failed.add_done_callback(self._on_failed)
+        for text, export in zip(spec.exports, wanted, strict=True):
+            exporter = export.exporter(
+                stack,
+                spec.name,
+                ExportOptions(
+                    queues=spec.queues or 0,
+                    queue_size=spec.queue_size,
+                    path=spec.path,
+                    read_only=export.read_only,
+                    own=export.own,
+                    directory=control.DiskPaths.of(spec.name).directory,
+                    **self._patience(),
+                ),
+            )
+            endpoint = await exporter.start()
+            self._exports.append(_Export(text, exporter, endpoint))
+            exporter.failed.add_done_callback(self._on_failed)
         if self._given_up is not None:
             raise asyncio.CancelledError  # it came too late to interrupt the export's start
         self._phase = "serving"
         self._write_state()
         reached("serving")
-        log.info("disk '%s' is %s", spec.name, self._endpoint.path)
+        places = ", ".join(export.endpoint.path for export in self._exports)
+        log.info("disk '%s' is %s", spec.name, places)
         facts = self._summary()
         if not self._ready.write(control.ready_line(facts.pop("device"), **facts)):
             self._given_up = "nobody waits for the disk any more"
             raise asyncio.CancelledError
-        notify_systemd(f"READY=1\nSTATUS=serving {self._endpoint.path}")
+        notify_systemd(f"READY=1\nSTATUS=serving {places}")
 
     def _patience(self) -> dict[str, float]:
         """How long the export may wait, so that its own explanation comes before whoever started us gives up."""
@@ -183,7 +197,7 @@ class Worker:
 
     async def _detach_on_signal(self, name: str) -> None:
         try:
-            await self._detach(force=False)
+            await self._detach(force=False, signalled=True)
         except Exception as error:
             if self._finished.is_set():
                 return  # the disk is gone, and run() says what went wrong
@@ -192,23 +206,32 @@ class Worker:
             else:
                 log.exception("%s: detach failed, still serving", name)
 
-    async def _detach(self, *, force: bool) -> None:
+    async def _detach(self, *, force: bool, signalled: bool = False) -> None:
         """Returns when the disk is gone. Raises what kept it from going, and then it is served as before: a later call
-        tries again. Raises, too, if it went and the storage could not be closed; then the server ends all the same."""
+        tries again. Raises, too, if it went and the storage could not be closed; then the server ends all the same.
+
+        ``signalled``: whoever manages this process wants it to end; a front-end waits for the next server.
+        """
         async with self._changing:
             if self._finished.is_set():
                 return
-            if self._endpoint is None:
+            if self._start is not None or not self._exports:
                 self._give_up("detach")
                 await self._undone.wait()
                 if self._is_left():
                     raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
-            claim = await self._claim(force=force)
+            claims: list[int] = []
             try:
-                await self._stop_export()
+                if not force:
+                    for export in self._exports:
+                        if export.endpoint.kind == "block":
+                            claims += await self._claim(export.endpoint.path)
+                        elif not signalled:
+                            self._check_unused(export)
+                await self._stop_exports()
             finally:
-                if claim is not None:
+                for claim in claims:
                     os.close(claim)
             try:
                 await self._close_storage()
@@ -221,21 +244,20 @@ class Worker:
             finally:
                 self._finished.set()
 
-    async def _stop_export(self) -> None:
-        assert self._exporter is not None
+    async def _stop_exports(self) -> None:
         before = self._phase
         self._phase = "detaching"
         self._write_state()
         notify_systemd("STATUS=detaching")
         try:
-            await self._exporter.stop()
+            while self._exports:
+                await self._exports[-1].exporter.stop()
+                self._exports.pop()
         except BaseException:
-            self._phase = "broken" if self._exporter.failed.done() else before
+            self._phase = "broken" if any(export.exporter.failed.done() for export in self._exports) else before
             self._write_state()
             notify_systemd(f"STATUS={self._phase}: detach failed")
             raise
-        self._exporter = None
-        self._endpoint = None
         notify_systemd("STOPPING=1")  # not before: it cannot be taken back
 
     async def _close_storage(self, *, abandon: bool = False) -> None:
@@ -248,32 +270,36 @@ class Worker:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
         return Path("/sys/class/vduse", self._spec.name).exists()
 
-    async def _claim(self, *, force: bool) -> int | None:
-        """Refuse if the disk is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
-        assert self._endpoint is not None
-        if force or self._endpoint.kind != "block":
-            return None
+    async def _claim(self, path: str) -> list[int]:
+        """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
         deadline = time.monotonic() + _GLANCE
-        path = self._endpoint.path
         while True:
             holders = await asyncio.to_thread(self._holders, path)
             if not holders:
                 break
             if time.monotonic() > deadline or any(holder.kind != "open" for holder in holders):
-                raise ControlError(
-                    f"disk '{self._spec.name}' ({path}) is in use: {'; '.join(map(str, holders))}",
-                    Exit.BUSY,
-                    [asdict(holder) for holder in holders],
-                )
+                raise self._in_use(path, holders)
             await asyncio.sleep(0.1)
         try:
-            return os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+            return [os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)]
         except FileNotFoundError:
-            return None
+            return []
         except OSError as error:
             raise ControlError(
                 f"disk '{self._spec.name}' ({path}) is held by the kernel: {error.strerror}", Exit.BUSY
             ) from error
+
+    def _check_unused(self, export: _Export) -> None:
+        users = export.exporter.users()
+        if users:
+            raise self._in_use(export.endpoint.path, users)
+
+    def _in_use(self, path: str, holders: list[Holder]) -> ControlError:
+        return ControlError(
+            f"disk '{self._spec.name}' ({path}) is in use: {'; '.join(map(str, holders))}",
+            Exit.BUSY,
+            [asdict(holder) for holder in holders],
+        )
 
     @staticmethod
     def _holders(path: str) -> list[Holder]:
@@ -297,8 +323,8 @@ class Worker:
             while line := await reader.readline():
                 writer.write(await self._reply(line))
                 await writer.drain()
-        except (ConnectionError, ValueError):
-            pass  # gone in the middle, or a line beyond the limit: nothing to answer
+        except (ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # gone in the middle, a line beyond the limit, or the server ends: nothing to answer
         finally:
             writer.close()
 
@@ -336,15 +362,16 @@ class Worker:
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise ControlError(f"size: {size!r} is not usable; accepted are positive numbers of bytes", Exit.USAGE)
         async with self._changing:
-            if self._stack is None or self._exporter is None or self._endpoint is None:
+            if self._stack is None or not self._exports:
                 raise ControlError(f"disk '{self._spec.name}' is {self._phase}; it cannot be resized", Exit.BUSY)
             info = await self._stack.refresh()
             reached("resizing")
             if info.size != size:
                 info = await self._stack.resize(size)
             reached("resized")
-            await self._exporter.resized(info)
-            await self._seen_by_host(self._endpoint.path, info.size)
+            for export in self._exports:
+                await export.exporter.resized(info)
+                await self._seen_by_host(export.endpoint.path, info.size)
             self._write_state()
             return info.size
 
@@ -370,8 +397,8 @@ class Worker:
             "phase": self._phase,
             "started_at": self._started_at,
         }
-        if self._endpoint is not None:
-            facts["device"] = self._endpoint.path
+        if self._exports:
+            facts["device"] = self._exports[0].endpoint.path
         if self._stack is not None:
             info = self._stack.info
             facts |= {
@@ -380,8 +407,9 @@ class Worker:
                 "read_only": info.read_only,
                 "serial": info.serial,
             }
-        if self._exporter is not None:
-            facts |= {"path": self._exporter.path, "queue_count": self._exporter.options.queues}
+        if self._exports:
+            exporter = self._exports[0].exporter
+            facts |= {"path": exporter.path, "queue_count": exporter.queue_count}
         return facts
 
     def _write_state(self) -> None:
@@ -389,11 +417,12 @@ class Worker:
 
     def _info(self) -> dict[str, Any]:
         facts = self._summary()
-        if self._exporter is None:
+        if not self._exports:
             return facts
-        status = self._exporter.status()
+        # The first export's facts are the disk's; those of all are in "exports".
+        exports = [{"export": export.text, **export.exporter.status()} for export in self._exports]
         totals: dict[str, int] = {}
-        for queue in status["queues"]:
+        for queue in (queue for export in exports for queue in export["queues"]):
             for key, value in queue["counters"].items():
                 totals[key] = totals.get(key, 0) + value
-        return facts | status | {"counters": totals, "export": self._spec.export}
+        return facts | exports[0] | {"counters": totals} | ({"exports": exports} if len(exports) > 1 else {})

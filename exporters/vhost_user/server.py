@@ -1,0 +1,270 @@
+"""The thread that owns the socket: accepts or connects, reads messages, lets a ``Session`` obey, answers.
+
+One front-end at a time; others wait in the backlog. When one leaves, its queues are stopped (what it has asked for is
+finished first, its memory is ours until then) and the next may come.
+
+Owner of: the listening socket, the connection, the session. Other threads use ``start``, ``stop``, ``config_changed`` and
+``describe``. Nothing here waits for a front-end: the connection is non-blocking, and one that does not read its answers
+is left.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError
+from vduse_blk.exporters.vhost_user.session import Refused, Reply, Session, Totals, add_counters
+
+from vduse_blk.queue import QueueFactory
+from vduse_blk.virtio import VirtioBlkDevice, feature_names
+
+log = logging.getLogger("vduse_blk.disk")
+
+_RECONNECT_SECONDS = 1.0
+_MEMORY_GRACE = 0.2
+"""Seconds for which a queue waits for memory it does not know: the message that brings it may still be on its way."""
+
+
+class FrontendServer:
+    """Serve ``virtio`` to front-ends. ``listener`` is a bound, listening, non-blocking socket; or ``path`` is where
+    a front-end listens. ``on_failure`` is called (from this thread) with a sentence if this thread must end."""
+
+    def __init__(
+        self,
+        name: str,
+        virtio: VirtioBlkDevice,
+        factory: QueueFactory,
+        on_failure: Callable[[str], None],
+        *,
+        listener: socket.socket | None = None,
+        path: str = "",
+    ) -> None:
+        self._name = name
+        self._virtio = virtio
+        self._factory = factory
+        self._on_failure = on_failure
+        self._listener = listener
+        self._path = path
+        self._totals = Totals()
+        self._session: Session | None = None
+        self.peer: int | None = None
+        """Process id of the front-end that is connected. Any thread."""
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._config_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="vhost-user", daemon=True)
+
+    # ------------------------------------------------------------------------------------------- other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the front-end and stop its queues. The listener stays open; its owner closes it."""
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        for fd in (self._event_fd, self._config_fd, self._stop_fd):
+            os.close(fd)
+
+    def config_changed(self) -> None:
+        """The configuration space of the device is another now."""
+        os.eventfd_write(self._config_fd, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``info``: JSON types only."""
+        with self._totals.lock:
+            session = self._session
+            counters = {index: dict(past) for index, past in self._totals.past.items()}
+            for running in session.running() if session is not None else []:
+                add_counters(counters.setdefault(running.index, {}), running.counters())
+        if session is not None:
+            negotiated, queues = session.negotiated, session.queue_states()
+        else:
+            negotiated = 0
+            unused = {"size": 0, "ready": False, "state": "unused"}
+            queues = [{"index": index} | unused for index in range(self._virtio.num_queues)]
+        return {
+            "frontend": self.peer,
+            "queues": [queue | {"counters": counters.get(queue["index"], {})} for queue in queues],
+            "features_offered": feature_names(self._virtio.offered),
+            "features_negotiated": feature_names(negotiated),
+            "broken": None,
+        }
+
+    # --------------------------------------------------------------------------------------------- this thread
+
+    def _run(self) -> None:
+        try:
+            while (connection := self._next_front_end()) is not None:
+                with connection:
+                    if not self._serve(connection):
+                        return
+        except Exception as error:
+            log.exception("%s: bug while serving front-ends", self._name)
+            self._on_failure(f"front-ends are served no longer: {error!r}")
+
+    def _next_front_end(self) -> socket.socket | None:
+        """None: it is time to end."""
+        while True:
+            connection = None
+            seconds: float | None = _RECONNECT_SECONDS
+            poll = select.poll()
+            poll.register(self._stop_fd, select.POLLIN)
+            try:
+                if self._listener is None:
+                    connection = self._connect()
+                else:
+                    connection = self._accept(self._listener)
+                    poll.register(self._listener, select.POLLIN)
+                    seconds = None
+            except OSError as error:  # too many files, say: the listener stays readable, so it must not be waited for
+                log.error("%s: a front-end cannot be accepted: %s", self._name, error)
+            if connection is not None:
+                connection.setblocking(False)
+                return connection
+            ready = poll.poll(None if seconds is None else seconds * 1000)
+            if any(fd == self._stop_fd for fd, _ in ready):
+                return None
+
+    @staticmethod
+    def _accept(listener: socket.socket) -> socket.socket | None:
+        try:
+            return listener.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+
+    def _connect(self) -> socket.socket | None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(self._path)
+        except OSError as error:
+            connection.close()
+            log.debug("%s: no front-end at %s: %s", self._name, self._path, error)
+            return None
+        return connection
+
+    def _serve(self, connection: socket.socket) -> bool:
+        """One front-end, from its first message to its last. False: it is time to end."""
+        session = Session(self._name, self._virtio, self._factory, self._event_fd, self._totals)
+        self.peer = _pid_of(connection)
+        self._session = session
+        log.info("%s: front-end connected (process %s)", self._name, self.peer)
+        try:
+            return _Conversation(connection, session, self._name).run(self._event_fd, self._config_fd, self._stop_fd)
+        except Exception:
+            log.exception("%s: bug while serving a front-end, which is left", self._name)
+            return True
+        finally:
+            session.close()
+            self._session = None
+            self.peer = None
+            log.info("%s: front-end gone", self._name)
+
+
+class _Conversation:
+    """The messages of one connection."""
+
+    def __init__(self, connection: socket.socket, session: Session, name: str) -> None:
+        self._connection = connection
+        self._session = session
+        self._name = name
+        self._assembler = Assembler()
+        self._fds: list[int] = []
+        """Came with the bytes of the present message."""
+
+    def run(self, event_fd: int, config_fd: int, stop_fd: int) -> bool:
+        poll = select.poll()
+        for fd in (self._connection.fileno(), event_fd, config_fd, stop_fd):
+            poll.register(fd, select.POLLIN)
+        waiting = False
+        try:
+            while True:
+                ready = {fd for fd, _ in poll.poll(_MEMORY_GRACE * 1000 if waiting else None)}
+                if stop_fd in ready:
+                    return False
+                if config_fd in ready:
+                    os.eventfd_read(config_fd)
+                    self._session.config_changed()
+                if event_fd in ready:
+                    os.eventfd_read(event_fd)
+                if self._connection.fileno() in ready:
+                    # The memory a queue asks for was announced before it was used: messages first.
+                    if not self._read():
+                        return True
+                    waiting = self._session.look_at_queues(memory_may_come=True)
+                elif event_fd in ready:
+                    waiting = self._session.look_at_queues(memory_may_come=True)
+                elif not ready:
+                    waiting = self._session.look_at_queues(memory_may_come=False)
+        except (ProtocolError, Refused) as error:
+            log.error("%s: the front-end is left: %s", self._name, error)
+        except OSError as error:
+            log.error("%s: the front-end is lost: %s", self._name, error)
+        finally:
+            self._close_fds()
+        return True
+
+    def _read(self) -> bool:
+        """Take in what is there of the present message. False: the front-end has left."""
+        try:
+            data, ancillary, flags, _ = self._connection.recvmsg(
+                self._assembler.wanted, socket.CMSG_SPACE(messages.MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) // 4 * 4])
+                self._fds += fds
+        if len(self._fds) > messages.MAX_FDS:
+            raise ProtocolError(f"more than {messages.MAX_FDS} descriptors with one message")
+        if not data:
+            if not self._assembler.idle:
+                log.error("%s: the front-end left in the middle of a message", self._name)
+            return False
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError(f"more than {messages.MAX_FDS} descriptors, or more than we may have open")
+        complete = self._assembler.feed(data)
+        if complete is not None:
+            self._obey(*complete)
+        return True
+
+    def _obey(self, number: int, flags: int, payload: bytes) -> None:
+        message = messages.decode(number, flags, payload, len(self._fds))
+        log.debug("%s: %s", self._name, message)
+        try:
+            reply = self._session.handle(message, self._fds)
+        except Refused as error:
+            reply = self._session.refusal(message)
+            if reply is None:
+                raise
+            log.warning("%s: %s refused: %s", self._name, message.request.name, error)
+        self._close_fds()
+        if reply is not None:
+            self._send(reply)
+
+    def _send(self, reply: Reply) -> None:
+        ancillary = [] if reply.fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fd]))]
+        if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
+            raise ProtocolError("it does not read its answers")
+
+    def _close_fds(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _pid_of(connection: socket.socket) -> int | None:
+    """Process id at the other end, as the kernel recorded it; None: in another pid namespace."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[:4], "little") or None

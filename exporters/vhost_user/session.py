@@ -1,0 +1,570 @@
+"""One front-end: what it has told us, and the queues that follow from it.
+
+The front-end tells things in any order and changes them under running queues: memory may come after the queues that use
+it, kick and call descriptors are replaced at any time. So no message starts a queue. Messages change the wishes
+(``_Vring``), and ``_settle`` makes the queue what the wishes say:
+
+    runs   when it has a kick descriptor, a size, addresses in known memory, and is enabled
+    stops  otherwise; ``base`` then holds the next avail entry
+    starts again, at the entry where it stopped, when what it was started with has changed
+
+Rules kept here:
+  * Received descriptors are files which the front-end shares. Their flags are never changed, they are never read, each is
+    closed exactly once.
+  * The call descriptor changes most often (a guest that masks an interrupt is enough), so that needs no restart: the queue
+    has a descriptor of its own, ``notify``, and dup2 puts the new file behind it, in one step, whoever writes just then.
+  * Addresses of rings are the front-end's user addresses, those in descriptors are guest addresses. Queues know guest
+    addresses only.
+  * Stopping a ring drops its kick descriptor: the specification restarts it with a new one.
+  * Memory that is removed is unmapped, and only then acknowledged, when nothing in flight can touch it (IovaMap.change).
+  * A reset of the device keeps memory, protocol features and the owner: QEMU does not send them again.
+
+Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by others.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
+
+from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region
+from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
+
+log = logging.getLogger("vduse_blk.disk")
+
+MAX_MEM_SLOTS = 509
+"""Regions at a time; what the kernel's vhost accepts."""
+_READ_WRITE = 3
+_RING_MAX = 32768
+_STUCK_SECONDS = 0.5
+
+class Refused(Exception):
+    """The message was understood and cannot be obeyed. The front-end is told so if it asked to be, else it is left."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """Bytes to send, and a descriptor to send with them (which stays the session's)."""
+
+    data: bytes
+    fd: int | None = None
+
+
+@dataclass(slots=True)
+class _Vring:
+    """The wishes of the front-end for one queue. Descriptors are ours to close."""
+
+    index: int
+    notify: int
+    num: int = 0
+    base: int = 0
+    addr: messages.VringAddr | None = None
+    enabled: bool = False
+    kick: int | None = None
+    err: int | None = None
+    queue: Queue | None = None
+    setup: QueueSetup | None = None
+    """With which ``queue`` runs."""
+    reported: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A region as the front-end described it, which file it is, and where it is mapped."""
+
+    wire: MemoryRegion
+    file: tuple[int, int]
+    mapped: Region
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters of queues that are gone, by index. They outlive sessions. Under ``lock`` a queue is either here or runs."""
+
+    past: dict[int, dict[str, int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Session:
+    """``event_fd`` is the eventfd queues signal when they need ``look_at_queues``."""
+
+    def __init__(
+        self, name: str, virtio: VirtioBlkDevice, factory: QueueFactory, event_fd: int, totals: Totals
+    ) -> None:
+        self._name = name
+        self._virtio = virtio
+        self._factory = factory
+        self._event_fd = event_fd
+        self._totals = totals
+        self._iova = IovaMap()
+        self._memory: list[_Memory] = []
+        self._vrings = [
+            _Vring(index, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for index in range(virtio.num_queues)
+        ]
+        self._features = 0
+        self._protocol = 0
+        self._status = 0
+        self._backend: socket.socket | None = None
+
+    # ------------------------------------------------------------------------------------------ what it is told
+
+    @property
+    def features(self) -> int:
+        """Feature bits that are offered: the device's, and vhost-user's own."""
+        return self._virtio.offered | 1 << messages.PROTOCOL_FEATURES
+
+    @property
+    def protocol_features(self) -> int:
+        """Protocol feature bits that are offered."""
+        return sum(feature.mask for feature in ProtocolFeature)
+
+    @property
+    def negotiated(self) -> int:
+        """The device's features that the driver took."""
+        return self._features & self._virtio.offered
+
+    def handle(self, message: messages.Message, fds: list[int]) -> Reply | None:
+        """Obey. What is kept of ``fds`` is taken out of the list; the rest is the caller's to close.
+
+        Raises Refused, ProtocolError.
+        """
+        reply = self._handle(message, fds)
+        if reply is None and message.need_reply and self._protocol & ProtocolFeature.REPLY_ACK.mask:
+            return Reply(messages.number_reply(message.request, 0))
+        return reply
+
+    def refusal(self, message: messages.Message) -> Reply | None:
+        """How to say no to ``message``; None: it cannot be said."""
+        if not message.need_reply or not self._protocol & ProtocolFeature.REPLY_ACK.mask:
+            return None
+        return Reply(messages.number_reply(message.request, 1))
+
+    def _handle(self, message: messages.Message, fds: list[int]) -> Reply | None:
+        match message:
+            case messages.MemTable():
+                self._set_memory(list(zip(message.regions, fds, strict=True)))
+            case messages.MemReg() if message.request is Request.ADD_MEM_REG:
+                self._add_memory(message.region, fds[0])
+            case messages.MemReg():
+                self._remove_memory(message.region)
+            case messages.VringState():
+                return self._vring_state(message)
+            case messages.VringAddr():
+                vring = self._vring(message.index)
+                vring.addr = message
+                self._settle(vring)
+            case messages.VringFd():
+                self._vring_fd(message, fds)
+            case messages.Config() if message.request is Request.GET_CONFIG:
+                return self._get_config(message)
+            case messages.Config():
+                self._set_config(message)
+            case messages.Number():
+                self._set_number(message.request, message.value)
+            case _:
+                return self._plain(message.request, fds)
+        return None
+
+    def _set_number(self, request: Request, value: int) -> None:
+        match request:
+            case Request.SET_FEATURES:
+                unknown = value & ~self.features
+                if unknown:
+                    raise Refused(f"features that were not offered: {', '.join(feature_names(unknown))}")
+                self._features = value
+                self._set_cache_mode()
+                self._settle_all()
+            case Request.SET_PROTOCOL_FEATURES:
+                unknown = value & ~self.protocol_features
+                if unknown:
+                    raise Refused(f"protocol features that were not offered: {unknown:#x}")
+                self._protocol = value
+            case Request.SET_STATUS:
+                self._status = value & 0xFF
+                if self._status == 0:
+                    self._disable_all()
+
+    def _plain(self, request: Request, fds: list[int]) -> Reply | None:
+        match request:
+            case Request.GET_FEATURES:
+                return Reply(messages.number_reply(request, self.features))
+            case Request.GET_PROTOCOL_FEATURES:
+                return Reply(messages.number_reply(request, self.protocol_features))
+            case Request.GET_QUEUE_NUM:
+                return Reply(messages.number_reply(request, self._virtio.num_queues))
+            case Request.GET_MAX_MEM_SLOTS:
+                return Reply(messages.number_reply(request, MAX_MEM_SLOTS))
+            case Request.GET_STATUS:
+                return Reply(messages.number_reply(request, self._status))
+            case Request.SET_OWNER:
+                pass  # whoever has the connection is the owner
+            case Request.RESET_OWNER:
+                self._disable_all()
+            case Request.RESET_DEVICE:
+                self._reset_device()
+            case Request.SET_BACKEND_REQ_FD:
+                self._set_backend(fds)
+            case _:
+                raise Refused("not supported")
+        return None
+
+    # ------------------------------------------------------------------------------------------------- queues
+
+    def _vring(self, index: int) -> _Vring:
+        if index >= len(self._vrings):
+            raise ProtocolError(f"queue {index} of {len(self._vrings)}")
+        return self._vrings[index]
+
+    def _vring_state(self, message: messages.VringState) -> Reply | None:
+        vring = self._vring(message.index)
+        num = message.num
+        match message.request:
+            case Request.SET_VRING_NUM:
+                if not 2 <= num <= _RING_MAX or num & (num - 1):
+                    raise Refused(f"a queue of {num} entries; accepted are powers of two from 2 to {_RING_MAX}")
+                vring.num = num
+                self._settle(vring)
+            case Request.SET_VRING_BASE:
+                if num > 0xFFFF:
+                    raise Refused(f"avail index {num:#x}")
+                if vring.queue is None:  # the index of a running queue is the queue's
+                    vring.base = num
+            case Request.SET_VRING_ENABLE:
+                vring.enabled = num != 0
+                self._settle(vring)
+            case Request.GET_VRING_BASE:
+                self._stop(vring)
+                self._drop_kick(vring)
+                return Reply(messages.vring_base_reply(vring.index, vring.base))
+        return None
+
+    def _vring_fd(self, message: messages.VringFd, fds: list[int]) -> None:
+        vring = self._vring(message.index)
+        if fds and not _is_eventfd(fds[0]):
+            raise Refused(f"queue {vring.index}: {message.request.name} with something that is no eventfd")
+        match message.request:
+            case Request.SET_VRING_KICK:
+                self._stop(vring)
+                self._drop_kick(vring)
+                if message.has_fd:
+                    vring.kick = fds.pop()
+                else:
+                    log.warning("%s: queue %d has no kick descriptor and is not served", self._name, vring.index)
+                self._settle(vring)
+            case Request.SET_VRING_CALL:
+                self._set_call(vring, fds)
+            case Request.SET_VRING_ERR:
+                if vring.err is not None:
+                    os.close(vring.err)
+                vring.err = fds.pop() if message.has_fd else None
+
+    def _set_call(self, vring: _Vring, fds: list[int]) -> None:
+        """Put another file behind the queue's descriptor. Who polls instead gets an eventfd nobody reads."""
+        if fds:
+            os.dup2(fds[0], vring.notify, inheritable=False)
+            _signal(vring.notify)  # what was signalled to the old one may have been lost with it
+            return
+        nobody = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        os.dup2(nobody, vring.notify, inheritable=False)
+        os.close(nobody)
+
+    def _settle(self, vring: _Vring) -> None:
+        """Make the queue what the wishes say."""
+        wanted = self._wanted(vring)
+        if vring.queue is not None and wanted != vring.setup:
+            self._stop(vring)
+        if vring.queue is None and wanted is not None:
+            self._start(vring, wanted)
+
+    def _settle_all(self) -> None:
+        for vring in self._vrings:
+            self._settle(vring)
+
+    def _wanted(self, vring: _Vring) -> QueueSetup | None:
+        """What the queue must run with; None: it must not run."""
+        enabled = vring.enabled or not self._features >> messages.PROTOCOL_FEATURES & 1
+        if vring.kick is None or not enabled or vring.num == 0 or vring.addr is None:
+            return None
+        desc = self._guest_address(vring.addr.desc)
+        avail = self._guest_address(vring.addr.avail)
+        used = self._guest_address(vring.addr.used)
+        if desc is None or avail is None or used is None:
+            return None
+        return QueueSetup(
+            index=vring.index,
+            num=vring.num,
+            desc=desc,
+            avail=avail,
+            used=used,
+            last_avail=vring.setup.last_avail if vring.setup is not None else vring.base,
+            kick_fd=vring.kick,
+            notify_fd=vring.notify,
+            notify_vduse=False,
+            event_fd=self._event_fd,
+            event_idx=bool(self._features & Feature.EVENT_IDX.mask),
+            indirect=bool(self._features & Feature.INDIRECT_DESC.mask),
+            seg_max=self._virtio.limits.seg_max,
+        )
+
+    def _guest_address(self, user: int) -> int | None:
+        for memory in self._memory:
+            if 0 <= user - memory.wire.user < memory.wire.size:
+                return user - memory.wire.user + memory.wire.guest
+        return None
+
+    def _start(self, vring: _Vring, setup: QueueSetup) -> None:
+        queue = self._factory.make(vring.index, False)
+        try:
+            queue.start(setup, self._iova)
+        except OSError as error:
+            log.error("%s: queue %d cannot serve the storage (%s); its requests fail", self._name, vring.index, error)
+            queue = self._factory.make(vring.index, True)
+            queue.start(setup, self._iova)
+        vring.queue, vring.setup, vring.reported = queue, setup, None
+        _signal(vring.notify)  # a predecessor may have published and died before it could say so
+
+    def _stop(self, vring: _Vring) -> None:
+        queue = vring.queue
+        if queue is None:
+            return
+        with _kept_writable(vring.notify):
+            vring.base = queue.stop()
+        with self._totals.lock:
+            add_counters(self._totals.past.setdefault(vring.index, {}), queue.counters())
+            vring.queue = vring.setup = None
+
+    @staticmethod
+    def _drop_kick(vring: _Vring) -> None:
+        if vring.kick is not None:
+            os.close(vring.kick)
+            vring.kick = None
+
+    def _disable_all(self) -> None:
+        for vring in self._vrings:
+            self._stop(vring)
+            self._drop_kick(vring)
+            vring.enabled = False
+
+    def _reset_device(self) -> None:
+        self._disable_all()
+        for vring in self._vrings:
+            vring.num = vring.base = 0
+            vring.addr = None
+        self._features = self._status = 0
+
+    def look_at_queues(self, *, memory_may_come: bool) -> bool:
+        """Answer what queues have asked. ``memory_may_come``: leave the question of missing memory open. Returns whether one
+        is open."""
+        waiting = False
+        for vring in self._vrings:
+            if vring.queue is None:
+                continue
+            view = vring.queue.view()
+            if view.missing is not None:
+                if memory_may_come:
+                    waiting = True
+                else:
+                    vring.queue.answer_miss()
+            if view.state is QueueState.BROKEN:
+                self._report(vring, f"queue {vring.index} stopped: {view.fault}")
+            elif view.error:
+                self._report(vring, f"queue {vring.index}: {os.strerror(view.error)}")
+        return waiting
+
+    def _report(self, vring: _Vring, sentence: str) -> None:
+        if vring.reported != sentence:
+            vring.reported = sentence
+            log.error("%s: %s", self._name, sentence)
+            if vring.err is not None:
+                _signal(vring.err)
+
+    # ------------------------------------------------------------------------------------------------- memory
+
+    def _set_memory(self, wanted: list[tuple[MemoryRegion, int]]) -> None:
+        """Make the memory what the table says. What stays the same stays mapped: queues do not notice."""
+        known = {(memory.wire, memory.file): memory for memory in self._memory}
+        kept: list[_Memory] = []
+        added: list[tuple[MemoryRegion, int]] = []
+        for region, fd in wanted:
+            memory = known.pop((region, _file(fd)), None)
+            if memory is not None:
+                kept.append(memory)
+            else:
+                added.append((region, fd))
+        self._change_memory(kept, added, list(known.values()))
+
+    def _add_memory(self, region: MemoryRegion, fd: int) -> None:
+        if len(self._memory) >= MAX_MEM_SLOTS:
+            raise Refused(f"more than {MAX_MEM_SLOTS} regions")
+        self._change_memory(self._memory, [(region, fd)], [])
+
+    def _remove_memory(self, region: MemoryRegion) -> None:
+        for memory in self._memory:
+            wire = memory.wire
+            if (wire.guest, wire.user, wire.size) == (region.guest, region.user, region.size):
+                self._change_memory([other for other in self._memory if other is not memory], [], [memory])
+                return
+        raise Refused(f"there is no region of {region.size:#x} bytes at {region.guest:#x}")
+
+    def _change_memory(
+        self, kept: list[_Memory], added: list[tuple[MemoryRegion, int]], removed: list[_Memory]
+    ) -> None:
+        """Raises Refused, with nothing changed."""
+        users = [memory.wire for memory in kept]
+        for region, _ in added:
+            if any(region.user < other.user + other.size and other.user < region.user + region.size for other in users):
+                raise Refused(f"the region at user address {region.user:#x} overlaps another")
+            users.append(region)
+        ranges = [
+            FdRange(fd, region.guest, region.guest + region.size - 1, region.offset, _READ_WRITE)
+            for region, fd in added
+        ]
+        try:
+            mapped = self._iova.change(add=ranges, remove=[memory.mapped for memory in removed])
+        except OSError as error:
+            raise Refused(f"memory cannot be mapped: {error}") from error
+        self._memory = kept + [
+            _Memory(region, _file(fd), place) for (region, fd), place in zip(added, mapped, strict=True)
+        ]
+        self._settle_all()
+
+    # -------------------------------------------------------------------------------------------------- config
+
+    def _get_config(self, message: messages.Config) -> Reply:
+        space = self._virtio.config().ljust(messages.CONFIG_MAX, b"\0")
+        data = space[message.offset : message.offset + len(message.data)]
+        return Reply(messages.config_reply(message.offset, message.flags, data))
+
+    def _set_config(self, message: messages.Config) -> None:
+        """The driver may write one byte, and a front-end that has migrated gives us the same one back."""
+        is_wce = (message.offset, len(message.data)) == (CONFIG_WCE_OFFSET, 1)
+        if not is_wce or not self._virtio.offered & Feature.CONFIG_WCE.mask:
+            raise Refused(f"{len(message.data)} bytes at {message.offset} of the configuration space are read-only")
+        if message.data[0] > 1:
+            raise Refused(f"wce: {message.data[0]}; accepted are 0 and 1")
+        self._virtio.writeback = message.data[0] == 1
+        self._set_cache_mode()
+
+    def _set_cache_mode(self) -> None:
+        """Firmware and old drivers know no flush: to them a completed write is durable, so it must be."""
+        self._factory.rules.set_writethrough(self._virtio.is_writethrough(self.negotiated))
+
+    def _set_backend(self, fds: list[int]) -> None:
+        if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            raise Refused("the back-end channel is no socket")
+        channel = socket.socket(fileno=fds[0])
+        fds.pop()
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = channel
+
+    def config_changed(self) -> None:
+        """Tell the front-end that the configuration space is another now, if it can be told."""
+        wanted = ProtocolFeature.CONFIG.mask | ProtocolFeature.BACKEND_REQ.mask
+        if self._backend is None or self._protocol & wanted != wanted:
+            log.warning("%s: the front-end cannot be told of the new size; it sees it when it asks again", self._name)
+            return
+        try:
+            self._backend.send(messages.config_change(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            log.warning("%s: the front-end was not told of the new size: %s", self._name, error)
+
+    # ---------------------------------------------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Stop the queues, unmap, close every descriptor."""
+        for vring in self._vrings:
+            self._stop(vring)
+            self._drop_kick(vring)
+            os.close(vring.notify)
+            if vring.err is not None:
+                os.close(vring.err)
+        self._iova.close()
+        self._memory.clear()
+        if self._backend is not None:
+            self._backend.close()
+
+    # ----------------------------------------------------------------------------------------------- any thread
+
+    def running(self) -> list[Queue]:
+        """Queues that run."""
+        return [vring.queue for vring in self._vrings if vring.queue is not None]
+
+    def queue_states(self) -> list[dict[str, Any]]:
+        """For ``info``: index, size and state of every queue the front-end may use."""
+        states = []
+        for vring in self._vrings:
+            queue = vring.queue
+            state = "unused" if queue is None else queue.view().state.name.lower()
+            states.append({"index": vring.index, "size": vring.num, "ready": queue is not None, "state": state})
+        return states
+
+
+def add_counters(total: dict[str, int], more: dict[str, int]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0) + value
+
+
+def _file(fd: int) -> tuple[int, int]:
+    """Which file a descriptor leads to."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _is_eventfd(fd: int) -> bool:
+    """Anything else could be waited for in other ways than we do, or for ever."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
+def _is_writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _signal(fd: int) -> None:
+    """Add one to an eventfd that somebody else may have made blocking, and full: then its reader is awake anyway."""
+    try:
+        if _is_writable(fd):
+            os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        pass
+
+
+@contextmanager
+def _kept_writable(fd: int) -> Iterator[None]:
+    """While a queue stops. A front-end may fill its blocking eventfd just when the queue writes to it, and the queue's
+    thread would wait for ever. A full eventfd has woken its reader, so nothing is lost by emptying it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_STUCK_SECONDS):
+            try:
+                if not _is_writable(fd):
+                    os.eventfd_read(fd)
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+
+    watcher = threading.Thread(target=watch, name="call-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join(_STUCK_SECONDS)
+        while watcher.is_alive():  # it wanted to read what the front-end has just read
+            _signal(fd)
+            watcher.join(_STUCK_SECONDS)
