@@ -231,6 +231,7 @@ struct target_file {
     bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
     bool no_command;    /* learnt: io_uring cannot discard */
     bool no_discard;    /* learnt: the device cannot discard */
+    bool in_memory;     /* tmpfs and the like: what io_uring gets is for other threads */
     uint8_t *lost;      /* as in vb_target */
 };
 

@@ -15,8 +15,9 @@
  * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
  * done while fewer queue threads are awake than there are CPUs, or they would take them from who sends the requests.
  *
- * Two loops: serve_uring for files that io_uring can serve asynchronously, serve_sync for storage that is done when the
- * call returns (memory, null, files in memory) and for processes where io_uring is forbidden.
+ * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
+ * processes where io_uring is forbidden. Files in memory are served by the first, but requests below INLINE_BYTES by plain
+ * calls: io_uring has nothing to wait for there but other CPUs that copy, which pays only where there is much to copy.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -37,6 +38,7 @@
 #include <unistd.h>
 
 enum { BATCH_DEFAULT = 8, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
+enum { INLINE_BYTES = 128 * 1024 };
 enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
 
@@ -191,6 +193,10 @@ static void arm_poll(struct vb_engine *engine, int fd, uint64_t tag)
 /* Start the next step of a request, or finish it. */
 static void start_step(struct vb_engine *engine, struct vblk_req *req)
 {
+    if (engine->file.in_memory && req->length < INLINE_BYTES) {
+        finish_errno(engine->queue, req, target_file_sync(&engine->file, req));
+        return;
+    }
     int result = target_file_prepare(&engine->file, req, &engine->ring);
     while (result == TARGET_FULL) { /* the submission queue: hand it over and go on */
         (void)uring_enter(&engine->ring, 0);
@@ -289,7 +295,6 @@ static void serve_uring(struct vb_engine *engine)
 
 /* ---- life ---- */
 
-/* Files in memory have no asynchronous path: io_uring would hand every request to a worker thread. */
 static bool is_in_memory(int fd)
 {
     struct statfs fs;
@@ -326,11 +331,11 @@ static int open_uring(struct vb_engine *engine)
 static int choose_loop(struct vb_engine *engine)
 {
     const struct vb_target *target = &engine->target;
-    if (target->kind == VB_TARGET_FILE && target->io_mode != VB_IO_SYNC &&
-        (target->io_mode == VB_IO_URING || !is_in_memory(target->fd))) {
+    if (target->kind == VB_TARGET_FILE && target->io_mode != VB_IO_SYNC) {
         int error = open_uring(engine);
         if (error == 0) {
             engine->by_uring = true;
+            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
             return 0;
         }
         if (target->io_mode == VB_IO_URING)
