@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from disks import BLOCK, BY_NAME, KINDS, MEMORY_FS, MIB, SIZE, Disk, Kind
+from disks import BLOCK, BY_NAME, KINDS, MIB, SIZE, Disk, Kind
 
 from vduse_blk.testing.driver import (
     DISCARD,
