@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from disks import BLOCK, BY_NAME, KINDS, MEMORY_FS, MIB, SIZE, Disk, Kind
+from disks import BLOCK, BY_NAME, KINDS, MIB, SIZE, Disk, Kind
 
 from vduse_blk.testing.driver import (
     DISCARD,
@@ -562,7 +562,7 @@ def used_without_asking(driver: FakeDriver) -> int:
 
 @every_path
 def test_kicks_are_not_more_than_needed(make: Make, kind: Kind, ring: dict[str, bool]) -> None:
-    """An idle device asks for a kick; a kick that was not asked for is not needed."""
+    """A sleeping device asks for a kick; a kick that was not asked for is not needed."""
     disk = make(kind, **ring)
     driver = disk.driver
     for i in range(50):
@@ -573,7 +573,7 @@ def test_kicks_are_not_more_than_needed(make: Make, kind: Kind, ring: dict[str, 
             driver.kick()
         driver.run(*requests)
     assert disk.counters()["write_ops"] == 400
-    assert 50 <= driver.kicks <= 450
+    assert 1 <= driver.kicks <= 450
 
 
 @every_path
@@ -736,13 +736,21 @@ def test_no_storage_answers_errors() -> None:
         disk.close()
 
 
-def test_memory_fs_is_not_served_by_io_uring() -> None:
-    """Files in memory go by plain calls: io_uring would hand each request to a thread."""
+def test_small_and_large_requests_on_files_in_memory() -> None:
+    """Small ones are done on the spot, large ones by other threads: all of them at once, each gets its own data."""
     disk = Disk(BY_NAME["native-tmpfs"])
     try:
-        assert disk.kind.place == MEMORY_FS
-        assert disk.driver.write(0, noise(4096)) == OK
-        assert disk.counters()["submits"] == 0
+        driver = disk.driver
+        sizes = [512, MIB, 4096, 256 * 1024, 127 * 1024, 128 * 1024, MIB]
+        data = [noise(size, number) for number, size in enumerate(sizes)]
+        sectors = [number * MIB // 512 for number in range(len(sizes))]
+        writes = [driver.request(OUT, at, out=part, pieces=4) for at, part in zip(sectors, data, strict=True)]
+        driver.run(*writes)
+        assert [request.status for request in writes] == [OK] * len(sizes)
+        driver.reset_heap()
+        reads = [driver.request(IN, at, into=len(part), pieces=3) for at, part in zip(sectors, data, strict=True)]
+        driver.run(*reads)
+        assert [driver.data(request) for request in reads] == data
     finally:
         disk.close()
 

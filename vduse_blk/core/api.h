@@ -188,6 +188,7 @@ struct vb_counters {
     uint64_t unsupported;
     uint64_t malformed;  /* requests whose framing broke the rules */
     uint64_t wakeups;    /* returns from sleep */
+    uint64_t spin_hits;  /* sleeps saved by looking a little longer */
     uint64_t submits;    /* io_uring_enter or equivalent */
     uint64_t publishes;  /* used.idx updates */
     uint64_t notifies;   /* interrupts raised */

@@ -15,6 +15,15 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1.x is little-
 #define GUEST_LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define GUEST_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Counters have one writer and any number of readers. */
 #define COUNT(counter, n) GUEST_STORE(&(counter), (counter) + (n))
 
@@ -225,6 +234,7 @@ struct target_file {
     bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
     bool no_command;    /* learnt: io_uring cannot discard */
     bool no_discard;    /* learnt: the device cannot discard */
+    bool in_memory;     /* tmpfs and the like: what io_uring gets is for other threads */
     uint8_t *lost;      /* as in vb_target */
 };
 

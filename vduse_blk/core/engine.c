@@ -11,8 +11,13 @@
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
  *
- * Two loops: serve_uring for files that io_uring can serve asynchronously, serve_sync for storage that is done when the
- * call returns (memory, null, files in memory) and for processes where io_uring is forbidden.
+ * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
+ * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
+ * done while fewer queue threads are awake than there are CPUs, or they would take them from who sends the requests.
+ *
+ * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
+ * processes where io_uring is forbidden. Files in memory are served by the first, but requests below INLINE_BYTES by plain
+ * calls: io_uring has nothing to wait for there but other CPUs that copy, which pays only where there is much to copy.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -22,15 +27,19 @@
 #include <linux/magic.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { BATCH_DEFAULT = 8, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
+enum { INLINE_BYTES = 128 * 1024 };
+enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
 
 struct vb_engine { /* owner: the queue thread once started; control creates and joins */
@@ -43,10 +52,66 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     bool arm_wake;
     int epoll_fd;
     uint32_t batch;
+    uint32_t cpus;    /* this process may run on */
+    uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     pthread_t thread;
     sem_t started;
     int start_error;
 };
+
+/* ---- looking before sleeping ---- */
+
+static atomic_uint awake; /* queue threads of this process that do not sleep */
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static bool something_to_do(struct vb_engine *engine)
+{
+    struct vb_queue *queue = engine->queue;
+    return vring_pending(&queue->ring) != 0 || (engine->by_uring && uring_has_news(&engine->ring)) ||
+           atomic_load_explicit(&queue->stopping, memory_order_relaxed) ||
+           atomic_load_explicit(&queue->table_next, memory_order_relaxed) != queue->table;
+}
+
+/* Kicks are off meanwhile. True: there is something to do. */
+static bool spin(struct vb_engine *engine)
+{
+    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->cpus)
+        return false;
+    uint64_t end = now_ns() + engine->spin_ns;
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (something_to_do(engine)) {
+                COUNT(engine->queue->counters.spin_hits, 1);
+                return true;
+            }
+            cpu_relax();
+        }
+    } while (now_ns() < end);
+    return false;
+}
+
+static uint64_t before_sleep(void)
+{
+    atomic_fetch_sub_explicit(&awake, 1, memory_order_relaxed);
+    return now_ns();
+}
+
+static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
+{
+    atomic_fetch_add_explicit(&awake, 1, memory_order_relaxed);
+    if (now_ns() - slept_at > SPIN_MAX_NS)
+        engine->spin_ns = 0;
+    else if (engine->spin_ns == 0)
+        engine->spin_ns = SPIN_FIRST_NS;
+    else if (engine->spin_ns < SPIN_MAX_NS)
+        engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
+}
 
 /* ---- storage that is done when the call returns ---- */
 
@@ -91,11 +156,13 @@ static void serve_sync(struct vb_engine *engine)
             }
             queue_publish(queue);
             if (!again && queue->ring.fault == VRING_OK && !atomic_load(&queue->missing))
-                again = vring_enable_kick(&queue->ring);
+                again = spin(engine) || vring_enable_kick(&queue->ring);
         }
         if (!again) {
             struct epoll_event events[2];
+            uint64_t slept_at = before_sleep();
             (void)epoll_wait(engine->epoll_fd, events, 2, -1);
+            after_sleep(engine, slept_at);
             COUNT(queue->counters.wakeups, 1);
         }
     }
@@ -126,6 +193,10 @@ static void arm_poll(struct vb_engine *engine, int fd, uint64_t tag)
 /* Start the next step of a request, or finish it. */
 static void start_step(struct vb_engine *engine, struct vblk_req *req)
 {
+    if (engine->file.in_memory && req->length < INLINE_BYTES) {
+        finish_errno(engine->queue, req, target_file_sync(&engine->file, req));
+        return;
+    }
     int result = target_file_prepare(&engine->file, req, &engine->ring);
     while (result == TARGET_FULL) { /* the submission queue: hand it over and go on */
         (void)uring_enter(&engine->ring, 0);
@@ -192,8 +263,12 @@ static void serve_uring(struct vb_engine *engine)
             more = fetch_chunk(engine);
             if (!more) {
                 queue_publish(queue);
-                if (queue->ring.fault == VRING_OK && !atomic_load(&queue->missing))
-                    more = vring_enable_kick(&queue->ring);
+                if (queue->ring.fault == VRING_OK && !atomic_load(&queue->missing)) {
+                    if (engine->spin_ns != 0 && uring_unsent(&engine->ring) != 0)
+                        more = true; /* hand over what was fetched before looking for more */
+                    else
+                        more = spin(engine) || vring_enable_kick(&queue->ring);
+                }
             }
         }
         if (engine->arm_kick)
@@ -203,7 +278,10 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_kick = false;
         engine->arm_wake = false;
 
+        uint64_t slept_at = more ? 0 : before_sleep();
         int error = uring_enter(&engine->ring, more ? 0 : 1);
+        if (!more)
+            after_sleep(engine, slept_at);
         COUNT(queue->counters.submits, 1);
         if (error != 0 && error != -EINTR && error != -EBUSY && error != -EAGAIN && error != -ETIME) {
             atomic_store(&queue->error, -error);
@@ -217,7 +295,6 @@ static void serve_uring(struct vb_engine *engine)
 
 /* ---- life ---- */
 
-/* Files in memory have no asynchronous path: io_uring would hand every request to a worker thread. */
 static bool is_in_memory(int fd)
 {
     struct statfs fs;
@@ -254,11 +331,11 @@ static int open_uring(struct vb_engine *engine)
 static int choose_loop(struct vb_engine *engine)
 {
     const struct vb_target *target = &engine->target;
-    if (target->kind == VB_TARGET_FILE && target->io_mode != VB_IO_SYNC &&
-        (target->io_mode == VB_IO_URING || !is_in_memory(target->fd))) {
+    if (target->kind == VB_TARGET_FILE && target->io_mode != VB_IO_SYNC) {
         int error = open_uring(engine);
         if (error == 0) {
             engine->by_uring = true;
+            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
             return 0;
         }
         if (target->io_mode == VB_IO_URING)
@@ -282,12 +359,14 @@ static void *run(void *argument)
     sem_post(&engine->started);
     if (!serve)
         return NULL;
+    atomic_fetch_add(&awake, 1);
     if (engine->by_uring) {
         serve_uring(engine);
         uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
     } else {
         serve_sync(engine);
     }
+    atomic_fetch_sub(&awake, 1);
     return NULL;
 }
 
@@ -329,6 +408,8 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->target = *target;
     target_file_open(&engine->file, target);
     engine->batch = queue->config.batch ? queue->config.batch : BATCH_DEFAULT;
+    cpu_set_t cpus;
+    engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);

@@ -340,7 +340,7 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
     if (sqe == NULL)
         return TARGET_FULL;
     sqe->fd = 0; /* index of the registered file */
-    sqe->flags = IOSQE_FIXED_FILE;
+    sqe->flags = (uint8_t)(IOSQE_FIXED_FILE | (file->in_memory ? IOSQE_ASYNC : 0));
     switch (step.call) {
     case STEP_READ:
     case STEP_WRITE:

@@ -25,8 +25,8 @@ static int register_op(int fd, unsigned op, void *arg, unsigned count)
 int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries)
 {
     static const unsigned modes[] = {
-        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN, /* 6.1 */
-        IORING_SETUP_COOP_TASKRUN,                               /* 5.19 */
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG, /* 6.1 */
+        IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,                               /* 5.19 */
         0,
     };
     struct io_uring_params params;
@@ -69,6 +69,7 @@ int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries)
     char *base = ring->rings;
     ring->sq_head = (unsigned *)(void *)(base + params.sq_off.head);
     ring->sq_tail = (unsigned *)(void *)(base + params.sq_off.tail);
+    ring->sq_flags = (unsigned *)(void *)(base + params.sq_off.flags);
     ring->sq_mask = params.sq_entries - 1;
     ring->sq_entries = params.sq_entries;
     unsigned *array = (unsigned *)(void *)(base + params.sq_off.array);
@@ -140,6 +141,13 @@ struct io_uring_cqe *uring_peek(struct uring *ring)
     if (head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE))
         return NULL;
     return &ring->cqes[head & ring->cq_mask];
+}
+
+bool uring_has_news(struct uring *ring)
+{
+    /* Work that the kernel does only inside an enter: completions of real I/O, kicks and wakes. */
+    return uring_peek(ring) != NULL ||
+           (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0;
 }
 
 void uring_seen(struct uring *ring)

@@ -21,6 +21,7 @@ struct uring { /* owner: the thread that called uring_open */
     size_t sqes_size;
     unsigned *sq_head;
     unsigned *sq_tail;
+    unsigned *sq_flags;
     unsigned sq_mask;
     unsigned sq_entries;
     unsigned sq_local; /* our tail; published at submit */
@@ -42,5 +43,7 @@ int uring_enter(struct uring *ring, unsigned wait);
 /* The next completion, or NULL; uring_seen gives it back. */
 struct io_uring_cqe *uring_peek(struct uring *ring);
 void uring_seen(struct uring *ring);
+/* Whether an enter would bring completions, without one. */
+bool uring_has_news(struct uring *ring);
 
 #endif
