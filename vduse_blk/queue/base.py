@@ -226,6 +226,8 @@ class CoreQueue:
             result[f"{op}_errors"] = c.errors[i]
         for op in ("read", "write", "discard", "write_zeroes"):
             result[f"{op}_bytes"] = c.bytes[_OPS.index(op)]
-        for name in ("unsupported", "malformed", "wakeups", "spin_hits", "submits", "publishes", "notifies", "misses", "inflight"):
+        for name in ("unsupported", "malformed", "wakeups", "spin_hits", "submits"):
+            result[name] = getattr(c, name)
+        for name in ("publishes", "notifies", "misses", "inflight"):
             result[name] = getattr(c, name)
         return result
