@@ -133,12 +133,17 @@ class DiskPaths:
 
 
 def disk_names() -> list[str]:
-    """Names that have a directory, sorted. Empty if the run directory does not exist."""
+    """Names that have a directory, sorted. Empty if the run directory does not exist. Raises ``ControlError`` if it
+    is not a directory (exit 4) or cannot be read (exit 5)."""
     try:
         with os.scandir(run_root()) as entries:
             found = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise _in_the_way(run_root()) from None
+    except PermissionError as e:
+        raise ControlError(f"{run_root()}: no permission; run as root", Exit.DENIED) from e
     return sorted(name for name in found if _NAME.fullmatch(name) and name != "control")
 
 
@@ -151,8 +156,7 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     paths = DiskPaths.of(name)
     root = paths.directory.parent
     try:
-        root.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _check_owned(root, 0o022)  # the list of names is no secret
+        _make_run_root(root)
         paths.directory.mkdir(mode=0o700, exist_ok=not exclusive)
         _check_owned(paths.directory, 0o077)
     except PermissionError as e:
@@ -160,17 +164,46 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     except FileExistsError:
         if exclusive:
             raise
-        raise ControlError(f"{paths.directory} is in the way: it is not a directory", Exit.BUSY) from None
+        raise _in_the_way(paths.directory) from None
     except OSError as e:
         raise ControlError(f"cannot create {paths.directory}: {e.strerror}", Exit.FAILED) from e
     return paths
+
+
+def _make_run_root(root: Path) -> None:
+    try:
+        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except FileExistsError:  # not the disk's name, which would be "taken"
+        raise _in_the_way(root) from None
+    check_run_root(root)
+
+
+def check_run_root(root: Path) -> None:
+    """Refuse a run directory that others could meddle with. Raises ``ControlError``: exit 4, no directory; exit 5,
+    of others or open to them."""
+    _check_owned(root, 0o022)  # the list of names is no secret
+
+
+def check_directory(name: str) -> None:
+    """Refuse a disk's directory that others could meddle with; one that does not exist is none. Raises
+    ``ControlError`` as ``check_run_root`` does."""
+    try:
+        _check_owned(DiskPaths.of(name).directory, 0o077)
+    except FileNotFoundError:
+        pass
+
+
+def _in_the_way(path: Path, wanted: str = "a directory") -> ControlError:
+    return ControlError(f"{path} is in the way: it is not {wanted}", Exit.BUSY)
 
 
 def _check_owned(directory: Path, forbidden: int) -> None:
     """Refuse a directory that is not ours alone: what we write there a root process reads and obeys."""
     found = os.lstat(directory)
     if not stat.S_ISDIR(found.st_mode):
-        raise ControlError(f"{directory} is in the way: it is not a directory", Exit.BUSY)
+        raise _in_the_way(directory)
+    if found.st_uid == 0 != os.geteuid():  # nothing is wrong with it
+        raise ControlError(f"{directory}: no permission; run as root", Exit.DENIED)
     if found.st_uid != os.geteuid() or found.st_mode & forbidden:
         raise ControlError(
             f"{directory} is not safe to use: it belongs to user {found.st_uid} with mode "
@@ -236,7 +269,8 @@ def remove_directory(
     Whoever has the lock passes its descriptor as ``locked_fd`` (which stays open: the lock ends with it).
     Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives, which is
     certain only after ``patience`` seconds (see ``lock_directory``). With ``opened_fd`` (of
-    ``open_directory``; it stays open) a directory made since under the same name is left alone.
+    ``open_directory``; it stays open) a directory made since under the same name is left alone. Raises
+    ``ControlError`` (exit 4), with nothing touched, if there is a directory in it.
     """
     paths = DiskPaths.of(name)
     given = locked_fd if locked_fd is not None else opened_fd
@@ -248,7 +282,13 @@ def remove_directory(
             return False
         if not _leads_to(paths.directory, fd):
             return True
-        for entry in os.listdir(fd):
+        entries = os.listdir(fd)
+        for entry in entries:
+            if stat.S_ISDIR(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):
+                raise ControlError(
+                    f"{paths.directory / entry} is in the way: no server makes a directory there; remove it", Exit.BUSY
+                )
+        for entry in entries:
             os.unlink(entry, dir_fd=fd)
         os.rmdir(paths.directory)
     finally:
@@ -280,7 +320,7 @@ def _open_directory(paths: DiskPaths) -> int | None:
         raise ControlError(f"{paths.directory}: no permission; run as root", Exit.DENIED) from e
     except OSError as e:
         if e.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise ControlError(f"{paths.directory} is in the way: it is not a directory", Exit.BUSY) from e
+            raise _in_the_way(paths.directory) from e
         raise
 
 
@@ -295,28 +335,35 @@ def _leads_to(path: Path, fd: int) -> bool:
 def read_state(name: str) -> dict[str, Any]:
     """``state.json`` of a disk; empty if there is none yet. The server writes it with ``write_state``."""
     path = DiskPaths.of(name).state
+    # write_state replaces the file whole, so anything but an object is damage; a disk must be removable all the same.
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a FIFO would keep us waiting
+        with open(fd, "rb") as file:
+            state = json.loads(file.read(MAX_MESSAGE)) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     except PermissionError as e:
         raise ControlError(f"{path}: no permission; run as root", Exit.DENIED) from e
-    try:
-        state = json.loads(text)
-    except ValueError:
-        state = None
-    # write_state replaces the file whole, so anything else is damage; a disk must be removable all the same.
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):  # says nothing of the disk
+            raise
+        return {}
+    except (ValueError, RecursionError):
+        return {}
     return state if isinstance(state, dict) else {}
 
 
 def write_state(name: str, state: Mapping[str, Any]) -> None:
-    """Replace ``state.json`` (0600) in one step: a reader sees the old text or the new one, never half."""
+    """Replace ``state.json`` (0600) in one step: a reader sees the old text or the new one, never half. Raises
+    ``ControlError`` (exit 1) with the path, for instance if the file system is full."""
     path = DiskPaths.of(name).state
     temporary = path.with_name("state.json.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(fd, "wb") as file:
-        file.write(json.dumps(state, indent=1).encode() + b"\n")
-    os.replace(temporary, path)
+    try:
+        temporary.unlink(missing_ok=True)  # of a server that died over it, or a FIFO in which we would wait
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "wb") as file:
+            file.write(json.dumps(state, indent=1).encode() + b"\n")
+        os.replace(temporary, path)
+    except OSError as e:
+        raise ControlError(f"cannot write {path}: {e.strerror}", Exit.FAILED) from e
 
 
 # ----------------------------------------------------------------------------------------------- WorkerSpec
@@ -327,6 +374,9 @@ MIN_QUEUE_SIZE: Final = 4  # header, one data segment, status, and one to spare,
 MAX_QUEUE_SIZE: Final = 32768  # virtio 1.2, 2.7: the largest split queue
 MAX_QUEUES: Final = 64
 MAX_SERIAL: Final = 20  # VIRTIO_BLK_ID_BYTES
+MAX_TIMEOUT: Final = 1e6
+"""Seconds, eleven days. The system calls that wait take milliseconds in 32 bits, or refuse infinity."""
+TIMEOUT_RULE: Final = f"positive numbers of seconds up to {MAX_TIMEOUT:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,8 +434,8 @@ class WorkerSpec:
             raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
-        if self.timeout is not None and not self.timeout > 0:
-            raise _unusable("timeout", self.timeout, "positive numbers of seconds")
+        if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
+            raise _unusable("timeout", self.timeout, TIMEOUT_RULE)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -454,10 +504,18 @@ def encode_message(message: Mapping[str, Any]) -> bytes:
 
 
 def decode_message(line: bytes) -> dict[str, Any]:
-    """Inverse of ``encode_message``. Raises ``ValueError`` for anything but one JSON object."""
-    message = json.loads(line)
+    """Inverse of ``encode_message``. Raises ``ValueError`` for anything but one JSON object, and for one whose ``force``
+    is not true or false: what it would allow must not be a matter of interpretation."""
+    try:
+        message = json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(message, dict):
         raise ValueError("not a JSON object")
+    if not isinstance(message.get("force", False), bool):
+        raise ValueError(f"force: {message['force']!r} is not usable; accepted are true and false")
     return message
 
 
@@ -570,6 +628,9 @@ class Client:
 
 def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
     if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
+        root = paths.directory.parent
+        if os.path.lexists(root) and not root.is_dir():
+            return _in_the_way(root)
         if not paths.directory.is_dir():
             return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
         return NotServed(f"disk '{name}' has no server; its log: {paths.log}", Exit.FAILED)
@@ -585,7 +646,8 @@ class DiskStatus:
     """One disk as seen from outside.
 
     ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server
-    that lives and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer.
+    that lives and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer;
+    'unreadable': no access to its directory.
     ``info``: reply to ``info`` where there is a server to ask, else what ``state.json`` says.
     """
 
@@ -595,7 +657,8 @@ class DiskStatus:
 
 
 def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
-    """Ask one disk's server. Raises ``ControlError`` only if there is no such disk or no access."""
+    """Ask one disk's server. Raises ``ControlError`` only if there is no such disk, no access, or something in the
+    way of its directory."""
     try:
         with Client(name, timeout) as client:
             info = client.call("info")
@@ -603,20 +666,21 @@ def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
     except NotServed:
         return DiskStatus(name, "starting" if is_locked(name) else "dead", read_state(name))
     except ControlError as e:
-        if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED):
+        if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED, Exit.BUSY):
             raise
         # The conversation ended in the middle: the server is leaving, has left, or hangs.
         return DiskStatus(name, "silent" if is_locked(name) else "dead", read_state(name))
 
 
 def all_disks(timeout: float = 2.0) -> Iterator[DiskStatus]:
-    """Every disk, by name. One that vanishes meanwhile is left out."""
+    """Every disk, by name. One that vanishes meanwhile is left out; one whose directory cannot be looked into is
+    'unreadable'."""
     for name in disk_names():
         try:
             yield disk_status(name, timeout)
         except ControlError as e:
             if e.exit_code != Exit.NOT_FOUND:
-                raise
+                yield DiskStatus(name, "unreadable", {})
 
 
 @contextmanager

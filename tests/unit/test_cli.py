@@ -206,7 +206,8 @@ class TestAttach:
             ("memory:1G", "--queues", "0"), ("memory:1G", "--queues", "many"), ("/x", "--path", "fast"),
             ("memory:1G", "--block-size", "513"), ("memory:1G", "--serial", "x" * 21),
             ("memory:1G", "--size", "1000"), ("memory:1G", "--size", "big"), ("memory:1G", "--name", "a/b"),
-            ("memory:1G", "--name", "control"), ("memory:1G", "--timeout", "0"), ("/x", "--no-such"),
+            ("memory:1G", "--name", "control"), ("/x", "--no-such"),
+            *(("memory:1G", "--timeout", seconds) for seconds in ("0", "-1", "nan", "inf", "1e10", "soon")),
             ("nosuchkind:1G",), (),
         ],
     )  # fmt: skip
@@ -629,13 +630,13 @@ def test_version(host: Host) -> None:
 
 def test_bugs_keep_their_traceback(host: Host) -> None:
     """An exception nobody foresaw has a traceback and exit 1, and with --json an object all the same."""
-    (host.run_dir / "a").mkdir()
-    (host.run_dir / "a" / "state.json").mkdir()
-    code = host.run("list", "--json")
-    assert code.returncode == 1
-    assert "Traceback" in code.stderr
-    assert json.loads(code.stdout)["code"] == 1
-    (host.run_dir / "a" / "state.json").rmdir()
+    bug = "from vduse_blk import control; from vduse_blk.cli import main; control.all_disks = None; main.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", bug, "list", "--json"], env=host.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert json.loads(done.stdout)["code"] == 1
 
 
 def test_a_closed_pipe_is_no_bug(host: Host) -> None:
@@ -735,3 +736,113 @@ def test_every_exit_status_is_documented() -> None:
 def test_size_text(size: int | None, text: str) -> None:
     """Sizes are shown in the largest binary unit that keeps them at least 1."""
     assert output.size_text(size) == text
+
+
+# ------------------------------------------------------------------------------------------- places in disorder
+
+
+class TestRunDirectoryInTheWay:
+    """The run directory is a file."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("attach", "null:1G"), ("attach", "null:1G", "--name", "a"), ("serve", "null:1G"),
+            ("serve", "null:1G", "--name", "a"), ("list",), ("info", "a"), ("detach", "a"),
+        ],
+    )  # fmt: skip
+    def test_is_one_sentence_at_once(self, host: Host, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        """No name is free there, so none is looked for: exit 4."""
+        host.env[control.RUN_ENV] = str(tmp_path / "run")
+        (tmp_path / "run").touch()
+        done = host.run(*arguments)
+        assert (done.returncode, done.stderr) == (
+            4,
+            f"vduse-blk: {tmp_path / 'run'} is in the way: it is not a directory\n",
+        )
+
+
+def test_the_names_tried_are_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all are taken the user is asked for one."""
+    monkeypatch.setattr(launch, "MAX_CANDIDATES", 3)
+    assert [launch.claim_directory("a", unique=True)[0] for _ in range(3)] == ["a", "a-2", "a-3"]
+    with pytest.raises(ControlError, match="--name") as caught:
+        launch.claim_directory("a", unique=True)
+    assert caught.value.exit_code == 4
+
+
+def test_nothing_is_written_to_an_unsafe_directory(host: Host) -> None:
+    """attach refuses it before its log is made there."""
+    (host.run_dir / "a").mkdir()
+    (host.run_dir / "a").chmod(0o777)
+    done = host.run("attach", "null:1G", "--name", "a")
+    assert done.returncode == 5
+    assert "is not safe to use" in done.stderr
+    assert os.listdir(host.run_dir / "a") == []
+
+
+class TestDamagedDisk:
+    """What is in a disk's directory is no work of a server's."""
+
+    @pytest.fixture(params=["directory", "fifo", "link", "nested"])
+    def damaged(self, host: Host, request: pytest.FixtureRequest) -> Path:
+        """``state.json`` of disk 'a'; a sound dead disk is called 'b'."""
+        state = control.make_directory("a").state
+        match request.param:
+            case "directory":
+                state.mkdir()
+            case "fifo":
+                os.mkfifo(state)
+            case "link":
+                state.symlink_to("/dev/zero")
+            case "nested":
+                state.write_text("[" * 100_000)
+        control.make_directory("b")
+        control.write_state("b", {"source": "/x"})
+        return state
+
+    def test_is_listed_as_dead(self, host: Host, damaged: Path) -> None:
+        """And the others with it."""
+        code, report = host.json("list")
+        assert code == 0
+        assert [(d["name"], d["state"], d.get("source")) for d in report["disks"]] == [
+            ("a", "dead", None),
+            ("b", "dead", "/x"),
+        ]
+        assert host.json("info", "a")[1]["state"] == "dead"
+
+    def test_is_detached_or_refused(self, host: Host, damaged: Path) -> None:
+        """A directory is nothing that we made, so its owner removes it; anything else goes."""
+        done = host.run("detach", "a")
+        if damaged.is_dir():
+            assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+            assert str(damaged) in done.stderr
+        else:
+            assert (done.returncode, done.stderr) == (0, "")
+            assert host.names() == ["b"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_without_root(host: Host) -> None:
+    """Somebody else hears that root is needed, not that the run directory is unsafe, and may see what disks there are."""
+
+    become_somebody = (  # after the imports: our files may be in a directory of root's own
+        "import os, vduse_blk.cli.main as main; from vduse_blk.cli import attach, detach, resize, show;"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534); main.main()"
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", become_somebody, *arguments],
+            env=host.env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    host.run_dir.chmod(0o755)
+    control.make_directory("a")
+    for arguments in (("attach", "null:1G"), ("serve", "null:1G"), ("info", "a"), ("detach", "a"), ("resize", "a", "1G")):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+        assert "no permission; run as root" in done.stderr
+    assert json.loads(run("list", "--json").stdout)["disks"] == [{"name": "a", "state": "unreadable"}]
+    host.run_dir.chmod(0o700)
+    assert run("list").returncode == 5

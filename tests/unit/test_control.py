@@ -375,3 +375,28 @@ class TestStatus:
         """Before the first attach the list is empty."""
         monkeypatch.setenv(control.RUN_ENV, "/tmp/vduse-blk-not-there")
         assert list(control.all_disks()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"[]", b'"x"', b'{"op": "\xff"}', b"[" * 100_000, b'{"op":' * 100_000, b'{"op": "detach", "force": "no"}',
+     b'{"op": "detach", "force": 1}', b'{"op": "detach", "force": null}'],
+)  # fmt: skip
+def test_what_is_no_request_is_a_value_error(line: bytes) -> None:
+    """The server answers it as bad usage, not as a bug of its own."""
+    with pytest.raises(ValueError):  # noqa: PT011
+        control.decode_message(line)
+
+
+def test_state_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
+    """With the path, as the reason may be a full file system."""
+    control.make_directory("d").state.mkdir()
+    with pytest.raises(ControlError, match=f"cannot write {run_dir}/d/state.json: ") as caught:
+        control.write_state("d", {})
+    assert caught.value.exit_code == Exit.FAILED
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan"), 1e10])
+def test_timeouts_that_cannot_be_waited_for(timeout: float) -> None:
+    with pytest.raises(UserError, match="timeout: "):
+        WorkerSpec(name="d", source="null:1G", timeout=timeout)

@@ -8,7 +8,6 @@ hangs), we remove what is left in the kernel. The disk's directory is ours to re
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import select
 import signal
@@ -29,6 +28,8 @@ ROLLBACK_SECONDS: Final = 60
 waits longer waits for the kernel, which may mean minutes (the limit for one VDUSE message), and cleaning up after it is
 quicker."""
 LOG_LINES: Final = 20
+MAX_CANDIDATES: Final = 9999
+"""How many names are tried before the user has to choose one."""
 
 _KERNEL_PLACES: Final = ("/sys/class/vduse", "/sys/bus/vdpa/devices")
 
@@ -77,7 +78,8 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
 
     With ``unique`` the name is only a wish: the first of NAME, NAME-2, NAME-3 … is taken that no disk and no
     VDUSE or vDPA device has. Without, a directory without a server stays as it is (its next server decides
-    what to do with what it finds), and one with a server raises ``ControlError`` (exit 4).
+    what to do with what it finds), and one with a server raises ``ControlError`` (exit 4), as does one that is
+    not safe to use (exit 5).
     """
     for candidate in _candidates(name) if unique else (name,):
         if unique and _kernel_knows(candidate):
@@ -87,6 +89,7 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
         except FileExistsError:
             if unique:
                 continue
+            control.check_directory(name)  # before anything is written to it
             if control.is_locked(name):
                 raise ControlError(
                     f"name: a disk called '{name}' exists; choose another or `vduse-blk detach {name}` first",
@@ -100,7 +103,9 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
                 Exit.BUSY,
             )
         return candidate, True
-    raise AssertionError("names ran out")
+    raise ControlError(
+        f"name: '{name}' and all of '{name}-2' to '{name}-{MAX_CANDIDATES}' are taken; choose one with --name", Exit.BUSY
+    )
 
 
 def _kernel_knows(name: str) -> bool:
@@ -109,7 +114,7 @@ def _kernel_knows(name: str) -> bool:
 
 def _candidates(name: str) -> Iterator[str]:
     yield name
-    for number in itertools.count(2):
+    for number in range(2, MAX_CANDIDATES + 1):
         suffix = f"-{number}"
         yield name[: 63 - len(suffix)] + suffix
 

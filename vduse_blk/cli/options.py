@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from vduse_blk.block.errors import UserError
+from vduse_blk.control import MAX_TIMEOUT, TIMEOUT_RULE, Exit
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -16,12 +19,22 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def timeout_option(help: str) -> Decorator:
-    """``--timeout SECONDS``, 60 unless given."""
+    """``--timeout SECONDS``, 60 unless given. What cannot be waited for (nan, infinity) is bad usage."""
     return click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=_seconds,
         default=60.0,
-        show_default=True,
+        show_default="60",
         metavar="SECONDS",
         help=help,
     )
+
+
+def _seconds(text: str | float) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= MAX_TIMEOUT:  # not so for nan, either
+        raise UserError(f"timeout: {str(text)!r} is not usable; accepted are {TIMEOUT_RULE}", Exit.USAGE)
+    return seconds

@@ -18,6 +18,7 @@ STATE_STYLES: Final = {
     "dead": "red",
     "silent": "red",
     "broken": "red",
+    "unreadable": "red",
     "starting": "yellow",
 }
 MAX_QUEUE_COLUMNS: Final = 8
@@ -29,7 +30,7 @@ def list_disks(as_json: bool) -> None:
     """List every disk of this host, those whose server died included.
 
     STATE is what the server says of itself ('starting', 'serving', 'broken', 'detaching'), 'dead' if there is
-    no server, and 'silent' if there is one that does not answer.
+    no server, 'silent' if there is one that does not answer, and 'unreadable' without access to the disk's directory.
     """
     disks = list(control.all_disks())
     if as_json:
