@@ -846,3 +846,106 @@ def test_without_root(host: Host) -> None:
     assert json.loads(run("list", "--json").stdout)["disks"] == [{"name": "a", "state": "unreadable"}]
     host.run_dir.chmod(0o700)
     assert run("list").returncode == 5
+
+
+def in_shell(host: Host, script: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command as ``"$@"`` of a shell's script."""
+    return subprocess.run(
+        ["bash", "-c", script, "bash", *host.command(*arguments)],
+        env=host.env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+class TestPoorSurroundings:
+    """Closed, full and too few files."""
+
+    @pytest.mark.parametrize("limit", [6, 8, 10, 12, 20, 30])
+    @pytest.mark.parametrize("command", ["attach", "serve"])
+    def test_too_few_descriptors(self, host: Host, command: str, limit: int) -> None:
+        """One sentence, and nothing is left."""
+        done = in_shell(host, f'ulimit -n {limit}; exec "$@"', command, "null:1G")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "ulimit -n" in done.stderr
+        assert host.names() == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("list",), ("list", "--json"), ("doctor",), ("doctor", "--json"), ("--help",), ("attach", "-h"), ("--version",),
+         ("completion", "bash"), ("info", "a"), ("info", "a", "--json")],
+    )  # fmt: skip
+    def test_full_output(self, host: Host, arguments: tuple[str, ...]) -> None:
+        """What cannot be printed is one sentence and exit 1."""
+        control.make_directory("a")
+        done = in_shell(host, '"$@" >/dev/full', *arguments)
+        assert (done.returncode, done.stderr) == (
+            1,
+            "vduse-blk: cannot write to standard output: No space left on device\n",
+        )
+
+    def test_a_failure_on_full_output_keeps_its_exit_status(self, host: Host) -> None:
+        """Also with --json, which cannot be printed."""
+        done = in_shell(host, '"$@" >/dev/full', "info", "a", "--json")
+        assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+    def test_closed_files(self, host: Host, closed: str) -> None:
+        """A disk is attached and removed, and doctor judges the host, whoever can hear of it."""
+        status = in_shell(host, '"$@"', "doctor").returncode
+        done = in_shell(host, f'"$@" {closed}', "doctor")
+        assert (done.returncode, done.stderr) == (status, "")
+        assert in_shell(host, f'"$@" {closed}', "attach", "null:1G", "--name", "a").returncode == 0
+        assert host.json("info", "a")[1]["seen"]["descriptors"][:3] == [0, 1, 2]
+        assert in_shell(host, f'"$@" {closed}', "detach", "a").returncode == 0
+        assert host.names() == []
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_serve_without_standard_files(self, host: Host, closed: str) -> None:
+        """The server gets all three, so that no file of its own takes their numbers."""
+        serving = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" {closed}', "bash", *host.command("serve", "null:1G", "--name", "a")], env=host.env
+        )
+        until(lambda: control.disk_names() == ["a"] and control.disk_status("a").state == "serving")
+        assert host.json("info", "a")[1]["seen"]["descriptors"] == [0, 1, 2]
+        assert host.run("detach", "a").returncode == 0
+        assert serving.wait(60) == 0
+
+    def test_deleted_current_directory(self, host: Host, tmp_path: Path) -> None:
+        """A relative path leads nowhere: bad input."""
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        done = in_shell(host, 'rmdir "$PWD"; exec "$@"', "attach", "./disk.img", cwd=gone)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "current directory" in done.stderr
+        assert host.names() == []
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_completion_that_no_shell_asked_for(self, host: Host, shell: str) -> None:
+        host.env["_VDUSE_BLK_COMPLETE"] = f"{shell}_complete"
+        done = host.run()
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_a_log_that_is_no_file(host: Host, kind: str) -> None:
+    """A dead disk's log is not followed elsewhere: one sentence, exit 4."""
+    log = control.make_directory("a").log
+    match kind:
+        case "link":
+            log.symlink_to("/dev/null")
+        case "fifo":
+            os.mkfifo(log)
+        case "directory":
+            log.mkdir()
+    done = host.run("attach", "null:1G", "--name", "a")
+    assert (done.returncode, done.stderr) == (4, f"vduse-blk: {log} is in the way: it is not a regular file\n")
+
+
+def test_sentences_are_one_line(host: Host) -> None:
+    """Whatever a name holds, and however click lays out its messages."""
+    assert host.run("attach", "--name", "a\nb\x1b[1m", "null:1G").stderr.count("\n") == 1
+    done = host.run("completion", "--json")
+    assert done.returncode == 2
+    assert "\n" not in json.loads(done.stdout)["error"]
+    host.run("attach", "/x\ny\x1b[1m", "--name", "a")
+    assert r"/x\ny\x1b[1m" in host.run("info", "a").stdout
+    assert host.run("list").stdout.count("\n") == 2

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from vduse_blk import control
+from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import parse_size
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
@@ -111,12 +112,16 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
     of attach; --json concerns only a failure to start.
     """
     spec = specification(source, name, **options)
-    claimed, _ = launch.claim_directory(spec.name, unique=name is None)
-    stdin = launch.specification_file(dataclasses.replace(spec, name=claimed))
-    os.dup2(stdin, 0)
-    os.set_inheritable(0, True)  # dup2 did that, unless 0 was closed and the file got that number itself
-    command = launch.worker_command()
-    os.execv(command[0], command)
+    launch.check_descriptors()
+    claimed, made = launch.claim_directory(spec.name, unique=name is None)
+    try:
+        os.dup2(launch.specification_file(dataclasses.replace(spec, name=claimed)), 0)  # which makes it inheritable
+        command = launch.worker_command()
+        os.execv(command[0], command)
+    except BaseException:
+        if made:
+            control.remove_directory(claimed)
+        raise
 
 
 def specification(
@@ -124,10 +129,16 @@ def specification(
 ) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
     parsed = parse_source(source)
+    try:
+        absolute, presented = absolute_source(source), tuple(absolute_export(export) for export in exports)
+    except FileNotFoundError as e:
+        raise UserError(
+            "source: a relative path leads nowhere, as the current directory was deleted; go to another", Exit.USAGE
+        ) from e
     return WorkerSpec(
         name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
-        source=absolute_source(source),
-        exports=tuple(absolute_export(export) for export in exports),
+        source=absolute,
+        exports=presented,
         **options,
     )
 

@@ -8,14 +8,17 @@ hangs), we remove what is left in the kernel. The disk's directory is ours to re
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from vduse_blk import control
@@ -42,6 +45,27 @@ _MANAGED_ENV: Final = (
     "LISTEN_FDNAMES",
 )
 """Variables meant for the process that systemd started, which a background server is not."""
+
+
+SPARE_DESCRIPTORS: Final = 32
+"""How many files we, and a server before it knows what it needs, must be able to open. With fewer, undoing fails as
+well."""
+
+
+def check_descriptors() -> None:
+    """Raise ``ControlError`` (exit 1) if too few files can be opened to start a server, before anything is made."""
+    opened: list[int] = []
+    try:
+        while len(opened) < SPARE_DESCRIPTORS:
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as e:
+        raise ControlError(
+            f"starting a disk takes {SPARE_DESCRIPTORS} open files: {e.strerror}; raise the limit (`ulimit -n`)",
+            Exit.FAILED,
+        ) from e
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def worker_command() -> list[str]:
@@ -127,6 +151,7 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
     ``timeout`` seconds; exit 1 if the server died; exit 128 + N if signal N asked us to give up. In each case
     the server has ended and nothing is left, except where the message says otherwise.
     """
+    check_descriptors()
     with _signals_as_bytes() as signals:
         name, made = claim_directory(spec.name, unique=unique)
         directory = control.open_directory(name)
@@ -159,11 +184,7 @@ class _Attempt:
         self._signals = signals
         self._made = made
         # Kept open for reading: a server that undoes everything may remove the file before we show its end.
-        self._log = os.open(
-            DiskPaths.of(spec.name).log,
-            os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
+        self._log = _open_log(DiskPaths.of(spec.name).log)
         self._log_start = os.fstat(self._log).st_size
         self._ready, theirs = os.pipe2(os.O_CLOEXEC)
         stdin = specification_file(dataclasses.replace(spec, ready_fd=theirs))
@@ -320,6 +341,20 @@ class _Attempt:
         text = os.pread(self._log, size - start, start).decode(errors="replace")
         for line in text.splitlines()[-LOG_LINES:]:
             output.say(f"log: {line}")
+
+
+def _open_log(path: Path) -> int:
+    """Raises ``ControlError`` (exit 4: not a regular file; 1: the system said no) with the path."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ControlError(f"{path} is in the way: it is not a regular file", Exit.BUSY) from e
+        raise ControlError(f"cannot write {path}: {e.strerror}", Exit.FAILED) from e
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # a FIFO would stop the server when it is full
+        os.close(fd)
+        raise ControlError(f"{path} is in the way: it is not a regular file", Exit.BUSY)
+    return fd
 
 
 def _end_text(status: int | None) -> str:

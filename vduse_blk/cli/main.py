@@ -6,6 +6,7 @@ what a short command costs.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Final
@@ -59,12 +60,15 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit. With ``--json`` a failure is JSON on standard output, too."""
+    _open_standard_files()
     as_json = output.wants_json(sys.argv[1:])
+    if os.environ.get(COMPLETE_ENV, "").endswith("_complete") and not os.environ.get("COMP_CWORD", "").isdecimal():
+        _fail(f"{COMPLETE_ENV} is for shells, which set COMP_WORDS and COMP_CWORD, too", Exit.USAGE, as_json)
     try:
         status = cli.main(prog_name=PROGRAM, complete_var=COMPLETE_ENV, standalone_mode=False)
     except click.UsageError as e:
         hint = f"; see `{e.ctx.command_path} --help`" if e.ctx is not None else ""
-        _fail(e.format_message().rstrip(".") + hint, Exit.USAGE, as_json)
+        _fail(" ".join(e.format_message().split()).rstrip(".") + hint, Exit.USAGE, as_json)
     except click.ClickException as e:
         _fail(e.format_message(), Exit.FAILED, as_json)
     except click.Abort:
@@ -76,11 +80,35 @@ def main() -> None:
         # to; the interpreter must not try to flush what is left.
         sys.stdout = None
         sys.exit(Exit.FAILED)
+    except OSError as e:
+        _fail(_refusal(e), Exit.FAILED, as_json)
     except Exception as e:
         if as_json:
             output.print_json({"ok": False, "error": f"unexpected {type(e).__name__}: {e}", "code": int(Exit.FAILED)})
         raise  # a bug keeps its traceback; the interpreter exits with 1
     sys.exit(status if isinstance(status, int) else Exit.OK)
+
+
+def _open_standard_files() -> None:
+    """Where the caller closed one of descriptors 0, 1, 2, the next file opened would get its number, and a server its
+    messages."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _refusal(error: OSError) -> str:
+    """What the system refused, as a sentence without a traceback: a full disk is no bug."""
+    import traceback
+
+    reason = error.strerror or str(error) or type(error).__name__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_globals.get("__name__", "").partition(".")[0] in ("click", "rich"):  # all they do with files is print
+        sys.stdout = None  # or the interpreter would try once more
+        return f"cannot write to standard output: {reason}"
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _fail(error: str, code: int, as_json: bool, holders: list[object] | None = None) -> None:

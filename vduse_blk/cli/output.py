@@ -23,8 +23,16 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def say(sentence: str) -> None:
-    """Tell the person at the terminal."""
-    click.echo(f"vduse-blk: {sentence}", err=True)
+    """Tell the person at the terminal. If that cannot be, what the command does goes on all the same."""
+    try:
+        click.echo(f"vduse-blk: {printable(sentence)}", err=True)
+    except OSError:
+        pass
+
+
+def printable(text: str) -> str:
+    """One line that no file's name can make two of, or send to the terminal as commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def fail(error: str, code: int, as_json: bool, holders: Sequence[Any] | None = None) -> None:
@@ -37,7 +45,10 @@ def fail(error: str, code: int, as_json: bool, holders: Sequence[Any] | None = N
         report: dict[str, Any] = {"ok": False, "error": error, "code": int(code)}
         if holders:
             report["holders"] = list(holders)
-        print_json(report)
+        try:
+            print_json(report)
+        except OSError:
+            sys.stdout = None  # the interpreter must not try to flush what is left
 
 
 def size_text(size: int | None) -> str:
@@ -59,6 +70,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: M
     A pipe gets whole cells on one line each (a drawn table folds them), and does not pay for importing rich.
     ``styles`` maps a cell's text to its colour.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
         for row in [columns, *rows]:

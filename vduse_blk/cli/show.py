@@ -104,7 +104,7 @@ def print_info(disk: control.DiskStatus) -> None:
             rows.append(("not taken", " ".join(refused)))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
-        click.echo(f"{label.ljust(width)}  {value}")
+        click.echo(f"{label.ljust(width)}  {output.printable(value)}")
     _print_counters(know.get("counters"), know.get("queues"))
 
 
