@@ -15,10 +15,12 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+
+from vduse_blk.block.errors import UserError
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -53,16 +55,17 @@ _KERNEL_REMEDY: Final = (
 )
 
 
-def examine(run_dir: Path, root: Path = Path("/")) -> list[Finding]:
+def examine(run_dir: Path, check_existing: Callable[[Path], None], root: Path = Path("/")) -> list[Finding]:
     """Run every check; about a tenth of a second, at most ``NETLINK_SECONDS`` more if the kernel does not
     answer.
 
-    ``run_dir``: where the state of disks is kept.
+    ``run_dir``: where the state of disks is kept. ``check_existing`` raises UserError for one that exists and that attach
+    would refuse.
     """
-    return list(_examine(run_dir, root))
+    return list(_examine(run_dir, check_existing, root))
 
 
-def _examine(run_dir: Path, root: Path) -> Iterator[Finding]:
+def _examine(run_dir: Path, check_existing: Callable[[Path], None], root: Path) -> Iterator[Finding]:
     yield check_privileges(root)
     yield check_kernel(platform.release())
     modules = [check_module(name, platform.release(), root) for name in MODULES]
@@ -77,7 +80,7 @@ def _examine(run_dir: Path, root: Path) -> Iterator[Finding]:
     yield check_io_uring(root)
     yield check_page_size(os.sysconf("SC_PAGE_SIZE"))
     yield check_memlock(root, *resource.getrlimit(resource.RLIMIT_MEMLOCK))
-    yield check_run_dir(run_dir)
+    yield check_run_dir(run_dir, check_existing)
     yield check_udev(root)
 
 
@@ -353,7 +356,13 @@ def check_memlock(root: Path, soft: int, hard: int) -> Finding:
     )
 
 
-def check_run_dir(run_dir: Path) -> Finding:
+def check_run_dir(run_dir: Path, check_existing: Callable[[Path], None]) -> Finding:
+    if os.path.lexists(run_dir):
+        try:
+            check_existing(run_dir)
+        except UserError as e:
+            remedy = f"run as root, and have {run_dir} removed, or made a directory of root's that nobody else may write to"
+            return Finding("run directory", "fail", str(e), remedy)
     place = run_dir
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -23,7 +23,8 @@ def doctor(as_json: bool) -> int:
     Each finding comes with its remedy. Exit status 0 if disks can be attached (warnings included), 6 if not.
     Nothing is changed and no module is loaded.
     """
-    findings = import_module("vduse_blk.exporters.vduse.doctor").examine(control.run_root())
+    examine = import_module("vduse_blk.exporters.vduse.doctor").examine
+    findings = examine(control.run_root(), control.check_run_root)
     able = all(finding.level != "fail" for finding in findings)
     if as_json:
         report = {"ok": able, "findings": [asdict(finding) for finding in findings]}
