@@ -4,7 +4,8 @@
 same with code 1, after writing to its log), 'die' (ends without a line), 'crash' (a signal ends it), 'slow'
 (never ready; undoes everything when nobody waits for it any more), 'stuck' (never ready and does not notice),
 'late' (ready only when its reader is gone: the line is lost), 'busy' (ready; detach only with force), 'mute'
-(ready; answers nothing), 'mortal' (ready; dies on detach without a reply), 'untidy' (ready; leaves its directory behind).
+(ready; answers nothing), 'mortal' (ready; dies on detach and resize without a reply), 'untidy' (ready;
+leaves its directory behind), 'leaving' (ready; is detached while it resizes).
 """
 
 from __future__ import annotations
@@ -93,8 +94,11 @@ def main() -> None:
                 request = control.decode_message(line)
                 if mode == "mute":
                     continue
-                if mode == "mortal" and request["op"] == "detach":
+                if mode == "mortal" and request["op"] in ("detach", "resize"):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if mode == "leaving" and request["op"] == "resize":
+                    undo()
+                    sys.exit(0)
                 if request["op"] == "detach" and mode == "busy" and not request["force"]:
                     connection.sendall(control.error_reply(f"disk '{spec.name}' {IN_USE}", 4, HOLDERS))
                 elif request["op"] == "detach":

@@ -920,3 +920,11 @@ def _resident() -> int:
 
 def _shared() -> int:
     return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("kind", [MemoryBackend, NullBackend])
+@pytest.mark.parametrize("size", [0, 1000])
+def test_sizes_that_no_disk_has(kind: type[MemoryBackend] | type[NullBackend], size: int) -> None:
+    """Refused without a word of files, which these are not."""
+    error = refusal(kind(kind.Options(size=size)))
+    assert (str(error), error.exit_code) == (f"size: {size} is not usable; accepted are positive multiples of 512 bytes", 2)

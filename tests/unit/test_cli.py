@@ -593,6 +593,19 @@ class TestResize:
         assert host.json("resize", "a", "3G") == (0, {"ok": True, "name": "a", "size": 3 << 30})
         assert host.json("info", "a")[1]["size"] == 3 << 30
 
+    def test_a_disk_removed_meanwhile(self, host: Host) -> None:
+        """A detach that wins leaves no disk to resize: exit 3."""
+        host.run("attach", "memory:1G", "--name", "a", fake="leaving")
+        code, report = host.json("resize", "a", "3G")
+        assert (code, report["error"]) == (3, "disk 'a' was removed meanwhile")
+
+    def test_a_server_that_dies_meanwhile(self, host: Host) -> None:
+        """Its disk is still there, and broken: exit 1 and its log."""
+        host.run("attach", "memory:1G", "--name", "a", fake="mortal")
+        done = host.run("resize", "a", "3G")
+        assert done.returncode == 1
+        assert str(host.run_dir / "a" / "log") in done.stderr
+
     def test_a_dead_server_cannot(self, host: Host) -> None:
         """Resizing a disk without a server fails and points to its log."""
         control.make_directory("a")

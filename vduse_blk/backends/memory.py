@@ -16,7 +16,7 @@ from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.linux import munlock
 from vduse_blk.block.native import MemoryTarget
-from vduse_blk.block.options import Size, about
+from vduse_blk.block.options import Size, about, check_disk_size
 
 _ZEROS: Final = memoryview(bytes(1 << 16))
 
@@ -32,8 +32,7 @@ class MemoryBackend(Backend):
 
     async def open(self) -> BlockInfo:
         size = self.options.size
-        if size == 0:
-            raise UserError("size: 0 is not usable; accepted are positive sizes")
+        check_disk_size(size)
         try:
             # The default, without MAP_NORESERVE: a size beyond what the host has is refused here, not killed for later.
             self._map = mmap.mmap(-1, size)

@@ -8,7 +8,7 @@ from typing import Final
 
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.native import NullTarget
-from vduse_blk.block.options import Size, about
+from vduse_blk.block.options import Size, about, check_disk_size
 
 _ZEROS: Final = memoryview(bytes(1 << 16))
 
@@ -23,6 +23,7 @@ class NullBackend(Backend):
     options: Options
 
     async def open(self) -> BlockInfo:
+        check_disk_size(self.options.size)
         return await self.refresh()
 
     async def close(self) -> None:

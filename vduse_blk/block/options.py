@@ -28,6 +28,9 @@ Size = Annotated[int, _SIZE]
 MAX_SIZE: Final = (1 << 63) - 1
 """Largest file offset of Linux."""
 
+SECTOR: Final = 512
+"""Bytes; no disk has a smaller block."""
+
 _UNITS: Final = "KMGTPE"
 _SIZE_TEXT: Final = re.compile(rf"([0-9]+)([{_UNITS}]?)", re.IGNORECASE | re.ASCII)
 _BOOLEANS: Final = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
@@ -47,6 +50,12 @@ def parse_size(text: str) -> int:
     if size > MAX_SIZE:
         raise UserError(f"size: {text!r} is too large; accepted are sizes below 8E")
     return size
+
+
+def check_disk_size(size: int) -> None:
+    """Raise UserError unless ``size``, of storage that is as large as its user says, can be a disk's."""
+    if size == 0 or size % SECTOR:
+        raise UserError(f"size: {size} is not usable; accepted are positive multiples of {SECTOR} bytes")
 
 
 def place_of(options: type) -> str | None:

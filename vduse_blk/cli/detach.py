@@ -15,7 +15,8 @@ from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import ControlError, Exit, Hangup, NotServed, Served
 
-_DYING_SECONDS: Final = 5.0
+DYING_SECONDS: Final = 5.0
+"""How long the process of a server that broke the conversation may take to end."""
 
 
 @click.command(short_help="Remove a disk.")
@@ -46,6 +47,8 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
     except ControlError as e:
         if e.exit_code != Exit.NOT_FOUND or not os.path.lexists(f"/sys/class/vduse/{name}"):
             raise
+        if os.geteuid() != 0:
+            raise ControlError(f"/sys/class/vduse/{name}: no permission; run as root", Exit.DENIED) from e
         if not force:
             raise ControlError(
                 f"no disk is called '{name}', but a VDUSE device is: it belongs to another program, or the "
@@ -63,10 +66,10 @@ def _by_server(client: control.Client, end: int | None, deadline: float, timeout
         client.call("detach", timeout=timeout, force=force)
     except Hangup:
         # It may be dying: whether it is gone or stays decides what happens next.
-        if not _ended(end, min(_DYING_SECONDS, deadline - time.monotonic())):
+        if not ended(end, min(DYING_SECONDS, deadline - time.monotonic())):
             raise
     else:
-        if not _ended(end, deadline - time.monotonic()):
+        if not ended(end, deadline - time.monotonic()):
             raise ControlError(
                 f"disk '{client.name}' is removed, but its server (process {client.server_pid}) has not ended "
                 f"within {timeout:g} seconds",
@@ -74,7 +77,7 @@ def _by_server(client: control.Client, end: int | None, deadline: float, timeout
             )
 
 
-def _ended(process: int | None, seconds: float) -> bool:
+def ended(process: int | None, seconds: float) -> bool:
     """Whether the process behind a pidfd (None: it had ended before) ends within ``seconds``."""
     return process is None or bool(select.select([process], [], [], max(0.0, seconds))[0])
 
