@@ -56,7 +56,8 @@ def run_guest(result: Path, words: Sequence[str]) -> tuple[int, dict[str, str]]:
             print(line, end="", flush=True)
             if line.startswith("vm: "):
                 facts["virtual machine"] = line.removeprefix("vm: ").strip()
-            elif feed is None and os.environ.get("HOST") != "1":  # the machine runs: all its processes are there
+            # The guest speaks: all processes of its machine are there.
+            elif line.startswith("compare: ") and feed is None and os.environ.get("HOST") != "1":
                 feed = stack.enter_context(Feed(HOST_LOAD, os.getpid()))
     return process.returncode, facts
 

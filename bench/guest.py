@@ -270,6 +270,7 @@ def main() -> int:
     places = [place for place in PLACES if arguments.place in (None, place.name)]
     if not cases:
         parser.error(f"no such case: {arguments.case}; there are {', '.join(case.name for case in CASES)}")
+    say(f"kernel {platform.release()}")
     gauge = Gauge(HOST_LOAD)
     # Copied: a program on the guest's network file system is read page by page.
     blkgen = Path(shutil.copy(TOP / "build/bench/blkgen", tempfile.mkdtemp(prefix="blkgen-")))
