@@ -30,7 +30,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
@@ -363,6 +363,8 @@ def write_state(name: str, state: Mapping[str, Any]) -> None:
             file.write(json.dumps(state, indent=1).encode() + b"\n")
         os.replace(temporary, path)
     except OSError as e:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # half a file takes room, too
         raise ControlError(f"cannot write {path}: {e.strerror}", Exit.FAILED) from e
 
 

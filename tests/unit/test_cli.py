@@ -962,3 +962,9 @@ def test_sentences_are_one_line(host: Host) -> None:
     host.run("attach", "/x\ny\x1b[1m", "--name", "a")
     assert r"/x\ny\x1b[1m" in host.run("info", "a").stdout
     assert host.run("list").stdout.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["attach", "detach", "resize"])
+def test_help_shows_the_default_timeout(host: Host, name: str) -> None:
+    """As the whole number it is."""
+    assert "[default: 60]" in " ".join(host.run(name, "-h").stdout.split())

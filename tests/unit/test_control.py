@@ -393,6 +393,7 @@ def test_state_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
     control.make_directory("d").state.mkdir()
     with pytest.raises(ControlError, match=f"cannot write {run_dir}/d/state.json: ") as caught:
         control.write_state("d", {})
+    assert os.listdir(run_dir / "d") == ["state.json"]
     assert caught.value.exit_code == Exit.FAILED
 
 

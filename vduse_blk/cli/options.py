@@ -24,9 +24,8 @@ def timeout_option(help: str) -> Decorator:
         "--timeout",
         type=_seconds,
         default=60.0,
-        show_default="60",
         metavar="SECONDS",
-        help=help,
+        help=f"{help}  [default: 60]",  # click would print 60.0
     )
 
 
