@@ -132,9 +132,7 @@ def specification(
     try:
         absolute, presented = absolute_source(source), tuple(absolute_export(export) for export in exports)
     except FileNotFoundError as e:
-        raise UserError(
-            "source: a relative path leads nowhere, as the current directory was deleted; go to another", Exit.USAGE
-        ) from e
+        raise UserError("a relative path leads nowhere: the current directory was deleted", Exit.USAGE) from e
     return WorkerSpec(
         name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
         source=absolute,
