@@ -102,8 +102,10 @@ def test_a_file_in_use_is_refused_with_the_holders_pid(tmp_path: Path) -> None:
 
 def test_without_root(tmp_path: Path) -> None:
     """Not root: exit 5 and the remedy."""
+    # Able to read, because our files may lie in a directory of root's own.
+    readable = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     refused = subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", *CLI, "attach", "memory:16M", "--name", "u"],
+        ["setpriv", "--reuid=65534", "--clear-groups", *readable, *CLI, "attach", "memory:16M", "--name", "u"],
         capture_output=True, text=True, check=False, env=os.environ | {"HOME": "/tmp"},
     )  # fmt: skip
     assert refused.returncode == 5, refused.stderr

@@ -840,7 +840,8 @@ def test_without_root(host: Host) -> None:
     """Somebody else hears that root is needed, not that the run directory is unsafe, and may see what disks there are."""
 
     become_somebody = (  # after the imports: our files may be in a directory of root's own
-        "import os, vduse_blk.cli.main as main; from vduse_blk.cli import attach, detach, resize, show;"
+        "import os, vduse_blk.cli.main as main; from vduse_blk.cli import attach, detach, launch, resize, show;"
+        "from vduse_blk import exports, registry, source; registry.backend('null'); registry.exporter('vduse');"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534); main.main()"
     )
 
