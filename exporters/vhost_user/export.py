@@ -143,6 +143,17 @@ class VhostUserExporter(Exporter):
         return listener
 
 
+def remove_leftover(own: Options) -> None:
+    """Remove the socket of a server that is dead; not one behind which somebody listens."""
+    if own.client:
+        return
+    try:
+        _check_free(own.path)
+        os.unlink(own.path)
+    except (UserError, FileNotFoundError):
+        pass
+
+
 def _check_free(path: str) -> None:
     """Nothing is there, or the socket of somebody who is gone. Raises UserError."""
     try:

@@ -114,6 +114,17 @@ def test_a_fresh_log_is_made_valid(driver: FakeDriver) -> None:
     server.die()
 
 
+def test_a_fresh_log_does_not_say_where_to_begin(driver: FakeDriver) -> None:
+    """A queue that ran elsewhere, and whose log stayed there, begins at the index it is told."""
+    heads = offer(driver, 4)
+    driver.put_u16(driver.used + 2, 2)
+    log = Log(driver.num)
+    server = Server(driver, log, last_avail=2)
+    assert server.poll(16) == heads[2:]
+    assert log.marked() == heads[2:]
+    server.die()
+
+
 def test_marks_follow_the_requests(driver: FakeDriver) -> None:
     """Popped: marked, in order. Answered and published: not marked, and the log knows the used index."""
     log = Log(driver.num)

@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from servers import BASE, GAP, MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature, Request
 
+from vduse_blk import control
 from vduse_blk.control import ControlError, Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
 from vduse_blk.testing.frontend import LOG_ALL, USER_OFFSET, DirtyLog, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
@@ -1256,14 +1258,14 @@ def test_the_socket_is_for_whom_it_is_meant(serve: Serve) -> None:
         serve("nobody", export="?group=no-such-group")
 
 
-def test_serve_and_attach_take_the_export(tmp_path: Path, machine: Machine) -> None:
-    """`attach --export vhost-user:SOCKET` prints the socket, made absolute; `detach` removes it."""
+def test_serve_and_attach_take_the_export(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`attach --export vhost-user:SOCKET` prints the socket, made absolute; `detach` removes it, a dead server's, too."""
+    monkeypatch.setenv("VDUSE_BLK_RUN", str(tmp_path / "run"))
     (tmp_path / "disk.img").write_bytes(bytes(SIZE))
-    environment = os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}
     command = [sys.executable, "-m", "vduse_blk.cli"]
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     done = run("attach", "disk.img", "--export", "vhost-user:disk.sock")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/disk.sock\n"), done.stderr
@@ -1278,6 +1280,12 @@ def test_serve_and_attach_take_the_export(tmp_path: Path, machine: Machine) -> N
     deadline = time.monotonic() + 10
     while run("detach", "disk").returncode != 0:
         assert time.monotonic() < deadline
+    assert not (tmp_path / "disk.sock").exists()
+    assert run("attach", "disk.img", "--export", "vhost-user:disk.sock").returncode == 0
+    with control.Client("disk") as client:
+        os.kill(client.server_pid, signal.SIGKILL)
+    assert (tmp_path / "disk.sock").exists()
+    assert run("detach", "disk").returncode == 0
     assert not (tmp_path / "disk.sock").exists()
     for export, sentence in (
         ("nope", "'nope' does not exist"),

@@ -120,16 +120,25 @@ class Guest:
     """A running machine. ``disks`` are sockets of back-ends; the first is the root disk."""
 
     def __init__(
-        self, folder: Path, disks: list[Path], *, device: str = "", memory: int = 256, extra: list[str] | None = None
+        self,
+        folder: Path,
+        disks: list[Path],
+        *,
+        device: str = "",
+        memory: int = 256,
+        extra: list[str] | None = None,
+        beside: Guest | None = None,
     ) -> None:
-        """``device`` is added to the options of each disk."""
+        """``device`` is added to the options of each disk. ``beside``: a machine that runs, and has the lock."""
         self._lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if beside is None:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._commands = 0 if beside is None else beside._commands
         initrd = folder / "initrd"
         if not initrd.exists():
             make_initrd(initrd)
         version = (KERNEL / "version").read_text().strip()
-        self._monitor_path = folder / "qmp"
+        self._monitor_path = folder / ("qmp" if beside is None else "qmp2")
         command = [
             "qemu-system-x86_64", "-M", "q35,memory-backend=memory", "-accel", "tcg", "-m", f"{memory}M", "-smp", "2",
             "-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on",
@@ -148,7 +157,6 @@ class Guest:
         self._bytes: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._count = 0
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -175,11 +183,11 @@ class Guest:
 
     def send(self, command: str) -> bytes:
         """Start a command; returns the marker that will follow its output and status."""
-        self._count += 1
-        marker = f"[done {self._count} "
+        self._commands += 1
+        marker = f"[done {self._commands} "
         assert self.process.stdin is not None
         # Cut in two, so that an echo of the line is no marker.
-        self.process.stdin.write(f"{command}; echo '[done' {self._count} $?']'\n".encode())
+        self.process.stdin.write(f"{command}; echo '[done' {self._commands} $?']'\n".encode())
         self.process.stdin.flush()
         return marker.encode()
 

@@ -1,11 +1,175 @@
-"""QEMU, the front-end most virtual machines have, against a real server."""
+"""QEMU, the front-end most virtual machines have, against a real server: a Linux guest that lives on the disk."""
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "exporters"))
-from conftest import serve
+import pytest
+from machine import Guest, make_root, requirements
 
-__all__ = ["serve"]
+sys.path.append(str(Path(__file__).resolve().parent.parent / "exporters"))
+from servers import MIB, Server
+
+SIZE = 96 * MIB
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a disk with a root file system. The log is shown at the end, and has no traceback."""
+    requirements()
+    folder = tmp_path_factory.mktemp("qemu")
+    make_root(folder / "disk.img", SIZE)
+    made = Server(folder, queues=4, serial="root-disk-1")
+    yield made
+    assert made.stop() == 0
+    print(made.text())
+    assert "Traceback" not in made.text()
+
+
+@pytest.fixture(scope="module")
+def guest(server: Server) -> Iterator[Guest]:
+    """A machine that has booted from the disk. At the end it is shut down, and the file system must be clean."""
+    made = Guest(server.folder, [server.socket], device=",num-queues=2")
+    try:
+        made.wait_ready()
+        yield made
+        made.run("mount -o remount,ro /")
+        made.run("dmesg | grep -i -E 'I/O error|EXT4-fs error|hung' && exit 1; true")
+    finally:
+        made.close()
+    subprocess.run(["e2fsck", "-f", "-n", server.image], check=True)
+
+
+def fill(guest: Guest, name: str, count: int, *, kib: int = 256) -> bytes:
+    """Start writing ``count`` files of random content, each synced, with their sums in memory; returns what ``send`` does."""
+    return guest.send(
+        f"mkdir -p /data/{name}; i=0; "
+        f"while [ $i -lt {count} ]; do "
+        f"head -c {kib * 1024} /dev/urandom >/run/x; "
+        f'echo "$(md5sum </run/x | cut -c1-32)  /data/{name}/$i" >>/run/{name}.md5; '
+        f"dd if=/run/x of=/data/{name}/$i bs=64k conv=fsync 2>/dev/null || echo BAD; "
+        "i=$((i+1)); done"
+    )
+
+
+def verify(guest: Guest, name: str, count: int) -> None:
+    """Read the files back from the disk."""
+    guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+    result = guest.run(f"md5sum -c /run/{name}.md5 | grep -c OK", 120)
+    assert result == str(count)
+
+
+def test_a_guest_boots_from_the_disk(guest: Guest, server: Server) -> None:
+    """Its root is /dev/vda, with our serial number, queues and cache mode."""
+    assert "/dev/vda on / type ext4" in guest.run("mount")
+    assert guest.run("cat /sys/block/vda/serial") == "root-disk-1"
+    assert guest.run("cat /sys/block/vda/queue/write_cache") == "write back"
+    assert guest.run("cat /sys/block/vda/size") == str(SIZE // 512)
+    assert guest.run("ls /sys/block/vda/mq | wc -l") == "2"
+    negotiated = server.call("info")["features_negotiated"]
+    assert {"VERSION_1", "EVENT_IDX", "INDIRECT_DESC", "MQ", "FLUSH", "DISCARD"} <= set(negotiated)
+
+
+def test_what_the_guest_writes_it_reads(guest: Guest) -> None:
+    """Files through the page cache and past it, and space given back."""
+    done = fill(guest, "plain", 20)
+    assert b"BAD" not in guest.expect(done, 120)
+    guest.expect(b"]", 5)
+    verify(guest, "plain", 20)
+    guest.run("dd if=/data/plain/3 of=/data/direct bs=4k iflag=direct oflag=direct && cmp /data/plain/3 /data/direct")
+    guest.run("fstrim /")
+
+
+def test_the_cache_mode_is_the_guests(guest: Guest, server: Server) -> None:
+    """Write-through is chosen through the configuration space."""
+    guest.run("echo 'write through' >/sys/block/vda/cache_type")
+    assert guest.run("cat /sys/block/vda/cache_type") == "write through"
+    done = fill(guest, "through", 3)
+    assert b"BAD" not in guest.expect(done, 60)
+    guest.expect(b"]", 5)
+    guest.run("echo 'write back' >/sys/block/vda/cache_type")
+    verify(guest, "through", 3)
+
+
+def test_the_guest_sees_the_disk_grow(guest: Guest, server: Server) -> None:
+    """Resized while mounted: the new capacity is there within moments, and the new end can be written."""
+    new = SIZE + 32 * MIB
+    server.call("resize", size=new)
+    deadline = time.monotonic() + 20
+    while guest.run("cat /sys/block/vda/size") != str(new // 512):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    guest.run(f"dd if=/data/plain/1 of=/dev/vda bs=4k count=16 seek={(new - 16 * 4096) // 4096} conv=fsync")
+    with open(server.image, "rb") as file:
+        file.seek(new - 16 * 4096)
+        written = file.read()
+    guest.run("dd if=/data/plain/1 bs=4k count=16 of=/run/head")
+    assert guest.run("md5sum </run/head").split()[0] == hashlib.md5(written).hexdigest()
+
+
+def test_a_server_killed_under_load_loses_nothing(guest: Guest, server: Server) -> None:
+    """Killed five times while the guest writes, and started again: no I/O error, every byte is there."""
+    done = fill(guest, "killed", 60)
+    for _ in range(5):
+        time.sleep(1.0)
+        server.kill()
+        time.sleep(0.3)
+        server.start()
+    assert b"BAD" not in guest.expect(done, 240)
+    guest.expect(b"]", 5)
+    verify(guest, "killed", 60)
+    assert server.call("info")["frontend"] == guest.process.pid
+
+
+def test_a_paused_machine_goes_on(guest: Guest) -> None:
+    """Stopped and continued while it writes: QEMU stops every queue, asks where it stands, and starts it there."""
+    done = fill(guest, "paused", 20)
+    for _ in range(5):
+        guest.monitor("stop")
+        time.sleep(0.2)
+        guest.monitor("cont")
+        time.sleep(0.3)
+    assert b"BAD" not in guest.expect(done, 120)
+    guest.expect(b"]", 5)
+    verify(guest, "paused", 20)
+
+
+def test_a_guest_migrates_while_it_writes(tmp_path: Path) -> None:
+    """From one QEMU to another on this host, each with an export of its own: the guest goes on writing, and everything is
+    there."""
+    requirements()
+    make_root(tmp_path / "disk.img", SIZE)
+    second = tmp_path / "second"
+    server = Server(tmp_path, exports=[f"vhost-user:{tmp_path}/socket", f"vhost-user:{second}?writable=1"], queues=2)
+    source = Guest(tmp_path, [server.socket], device=",num-queues=2")
+    try:
+        source.wait_ready()
+        incoming = ["-incoming", f"unix:{tmp_path}/migrate"]
+        target = Guest(tmp_path, [second], device=",num-queues=2", extra=incoming, beside=source)
+        try:
+            done = fill(source, "moving", 60)
+            time.sleep(2)
+            source.monitor("migrate-set-parameters", **{"max-bandwidth": 256 << 20, "downtime-limit": 2000})
+            source.monitor("migrate", uri=f"unix:{tmp_path}/migrate")
+            deadline = time.monotonic() + 240
+            while (state := source.monitor("query-migrate").get("status")) != "completed":
+                assert state not in ("failed", "cancelled"), source.monitor("query-migrate")
+                assert time.monotonic() < deadline, source.monitor("query-migrate")
+                time.sleep(0.5)
+            assert b"BAD" not in target.expect(done, 240)
+            target.expect(b"]", 5)
+            verify(target, "moving", 60)
+            target.run("mount -o remount,ro /")
+            assert "I/O error" not in target.run("dmesg")
+        finally:
+            target.close()
+    finally:
+        source.close()
+    assert server.stop() == 0
+    subprocess.run(["e2fsck", "-f", "-n", server.image], check=True)

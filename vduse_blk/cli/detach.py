@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from importlib import import_module
 from typing import Final
 
 import click
@@ -14,6 +15,7 @@ from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import ControlError, Exit, Hangup, NotServed, Served
+from vduse_blk.exports import parse_exports
 
 DYING_SECONDS: Final = 5.0
 """How long the process of a server that broke the conversation may take to end."""
@@ -99,6 +101,17 @@ def _without_server(name: str, force: bool) -> None:
             if not had_directory:
                 control.remove_directory(name, locked_fd=lock)
             raise
+        _remove_sockets(name)
         control.remove_directory(name, locked_fd=lock)
     finally:
         os.close(lock)
+
+
+def _remove_sockets(name: str) -> None:
+    """Those of the dead server's exports that are sockets; not one behind which somebody listens."""
+    specification = control.read_state(name).get("spec")
+    exports = specification.get("exports") if isinstance(specification, dict) else None
+    for export in exports if isinstance(exports, list) else []:
+        if str(export).startswith("vhost-user:"):
+            (parsed,) = parse_exports([str(export)])
+            import_module("vduse_blk.exporters.vhost_user.export").remove_leftover(parsed.own)

@@ -85,6 +85,9 @@ def print_info(disk: control.DiskStatus) -> None:
     know = disk.info
     rows = [("name", disk.name), ("state", disk.state)]
     rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
+    rows += [("export", f"{export['export']}") for export in know.get("exports", [])]
+    if know.get("frontend"):
+        rows.append(("front-end", f"process {know['frontend']}"))
     if know.get("size") is not None:
         rows.append(("size", f"{output.size_text(know['size'])} ({know['size']} bytes)"))
     if know.get("block_size"):

@@ -167,8 +167,9 @@ struct vb_queue_config {
     uint32_t notify_kind;
     int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
     uint32_t batch;   /* requests per publish, 0 = default */
-    /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With it the queue begins behind what the log and
-     * the used ring know of, whatever last_avail says, after doing again what was popped and not answered. */
+    /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With one that was used before, the queue begins
+     * behind what it and the used ring know of, whatever last_avail says, after doing again what was popped and not
+     * answered. */
     void *inflight;
     /* Log of the pages written, a bit per DIRTY_PAGE bytes of IOVA from 0; NULL = none. Where log_used is not 0, changes to
      * the used ring are marked as if the ring began at dirty_used. */

@@ -107,6 +107,7 @@ struct inflight_region;
 struct inflight { /* owner: the queue thread */
     struct inflight_region *region; /* NULL: none */
     uint16_t num;
+    bool fresh;       /* nobody had used it: it says nothing about where the queue stands */
     uint64_t counter; /* of the next request popped */
 };
 

@@ -56,7 +56,8 @@ uint16_t inflight_recover(struct inflight *log, void *memory, uint16_t num, uint
     log->region = region;
     log->num = num;
     log->counter = 0;
-    if (GUEST_LOAD(&region->version) != INFLIGHT_VERSION) {
+    log->fresh = GUEST_LOAD(&region->version) != INFLIGHT_VERSION;
+    if (log->fresh) {
         memset(region->desc, 0, num * sizeof(region->desc[0]));
         GUEST_STORE(&region->features, 0);
         GUEST_STORE(&region->desc_num, num);

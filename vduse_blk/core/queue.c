@@ -91,7 +91,8 @@ static bool bind_ring(struct vb_queue *queue)
     uint16_t first = config->last_avail == VB_RESUME ? used_idx : (uint16_t)config->last_avail;
     if (config->inflight != NULL) {
         queue->replay_count = inflight_recover(&queue->log, config->inflight, (uint16_t)num, used_idx, queue->replay);
-        first = (uint16_t)(used_idx + queue->replay_count);
+        if (!queue->log.fresh)
+            first = (uint16_t)(used_idx + queue->replay_count);
         atomic_store(&queue->replayed, queue->replay_count);
     }
     vring_init(&queue->ring, (uint16_t)num, desc, avail, used, config->event_idx, config->indirect, first);

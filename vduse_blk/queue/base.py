@@ -46,7 +46,7 @@ class QueueSetup:
     ``event_fd``: eventfd the queue signals when it needs control: a miss, a broken ring, a table adopted.
     ``last_avail``: the avail entry to begin with; None: where the used ring stands (everything older is answered).
     ``inflight``: address in this process of the queue's in-flight log (``inflight_log_bytes``), which outlives the queue;
-    with it ``last_avail`` counts for nothing, and requests that the log knows are done again.
+    with one that was used before ``last_avail`` counts for nothing, and requests that it knows are done again.
     ``dirty``: (address in this process, bytes) of the log of pages written; changes of the used ring are marked as if it
     began at IOVA ``dirty_used`` (None: not at all).
     """
