@@ -39,9 +39,10 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs run /run
-stty -echo 2>/dev/null
+stty -F /dev/ttyS0 -echo
+export PS1= PS2=
 echo GUEST-READY
-exec setsid sh -c 'exec sh </dev/ttyS0 >/dev/ttyS0 2>&1'
+exec sh </dev/ttyS0 >/dev/ttyS0 2>&1
 """
 
 
@@ -55,7 +56,7 @@ def requirements() -> None:
 
 
 def _modules() -> list[Path]:
-    """virtio_blk, ext4 and what they need, in the order in which they load."""
+    """virtio_blk, ext4 and what they need, said or not, in the order in which they load."""
     version = (KERNEL / "version").read_text().strip()
     folder = KERNEL / "lib/modules" / version
     depends: dict[str, list[str]] = {}
@@ -63,7 +64,7 @@ def _modules() -> list[Path]:
         module, _, needs = line.partition(":")
         depends[module] = needs.split()
     wanted: list[str] = []
-    for name in ("virtio_pci", "virtio_blk", "ext4"):
+    for name in ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4"):
         for module, needs in depends.items():
             if Path(module).name == f"{name}.ko":
                 wanted += [*reversed(needs), module]
@@ -219,3 +220,22 @@ class Guest:
         self.process.kill()
         self.process.wait()
         os.close(self._lock)
+
+
+def fill(guest: Guest, name: str, count: int, *, kib: int = 256) -> bytes:
+    """Start writing ``count`` files of random content, synced, their sums in memory; returns what ``send`` does."""
+    return guest.send(
+        f"mkdir -p /data/{name}; i=0; "
+        f"while [ $i -lt {count} ]; do "
+        f"head -c {kib * 1024} /dev/urandom >/run/x; "
+        f'echo "$(md5sum </run/x | cut -c1-32)  /data/{name}/$i" >>/run/{name}.md5; '
+        f"dd if=/run/x of=/data/{name}/$i bs=64k conv=fsync 2>/dev/null || echo BAD; "
+        "i=$((i+1)); done"
+    )
+
+
+def verify(guest: Guest, name: str, count: int) -> None:
+    """Read the files back from the disk."""
+    guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+    result = guest.run(f"md5sum -c /run/{name}.md5 | grep -c OK", 120)
+    assert result == str(count)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine import Guest, make_root, requirements
+from machine import Guest, fill, make_root, requirements, verify
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "exporters"))
 from servers import MIB, Server
@@ -44,25 +44,6 @@ def guest(server: Server) -> Iterator[Guest]:
     finally:
         made.close()
     subprocess.run(["e2fsck", "-f", "-n", server.image], check=True)
-
-
-def fill(guest: Guest, name: str, count: int, *, kib: int = 256) -> bytes:
-    """Start writing ``count`` files of random content, each synced, with their sums in memory; returns what ``send`` does."""
-    return guest.send(
-        f"mkdir -p /data/{name}; i=0; "
-        f"while [ $i -lt {count} ]; do "
-        f"head -c {kib * 1024} /dev/urandom >/run/x; "
-        f'echo "$(md5sum </run/x | cut -c1-32)  /data/{name}/$i" >>/run/{name}.md5; '
-        f"dd if=/run/x of=/data/{name}/$i bs=64k conv=fsync 2>/dev/null || echo BAD; "
-        "i=$((i+1)); done"
-    )
-
-
-def verify(guest: Guest, name: str, count: int) -> None:
-    """Read the files back from the disk."""
-    guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
-    result = guest.run(f"md5sum -c /run/{name}.md5 | grep -c OK", 120)
-    assert result == str(count)
 
 
 def test_a_guest_boots_from_the_disk(guest: Guest, server: Server) -> None:
@@ -138,38 +119,3 @@ def test_a_paused_machine_goes_on(guest: Guest) -> None:
     assert b"BAD" not in guest.expect(done, 120)
     guest.expect(b"]", 5)
     verify(guest, "paused", 20)
-
-
-def test_a_guest_migrates_while_it_writes(tmp_path: Path) -> None:
-    """From one QEMU to another on this host, each with an export of its own: the guest goes on writing, and everything is
-    there."""
-    requirements()
-    make_root(tmp_path / "disk.img", SIZE)
-    second = tmp_path / "second"
-    server = Server(tmp_path, exports=[f"vhost-user:{tmp_path}/socket", f"vhost-user:{second}?writable=1"], queues=2)
-    source = Guest(tmp_path, [server.socket], device=",num-queues=2")
-    try:
-        source.wait_ready()
-        incoming = ["-incoming", f"unix:{tmp_path}/migrate"]
-        target = Guest(tmp_path, [second], device=",num-queues=2", extra=incoming, beside=source)
-        try:
-            done = fill(source, "moving", 60)
-            time.sleep(2)
-            source.monitor("migrate-set-parameters", **{"max-bandwidth": 256 << 20, "downtime-limit": 2000})
-            source.monitor("migrate", uri=f"unix:{tmp_path}/migrate")
-            deadline = time.monotonic() + 240
-            while (state := source.monitor("query-migrate").get("status")) != "completed":
-                assert state not in ("failed", "cancelled"), source.monitor("query-migrate")
-                assert time.monotonic() < deadline, source.monitor("query-migrate")
-                time.sleep(0.5)
-            assert b"BAD" not in target.expect(done, 240)
-            target.expect(b"]", 5)
-            verify(target, "moving", 60)
-            target.run("mount -o remount,ro /")
-            assert "I/O error" not in target.run("dmesg")
-        finally:
-            target.close()
-    finally:
-        source.close()
-    assert server.stop() == 0
-    subprocess.run(["e2fsck", "-f", "-n", server.image], check=True)
