@@ -11,6 +11,7 @@ from typing import Final
 import click
 
 from vduse_blk import control
+from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
@@ -112,6 +113,10 @@ def _remove_sockets(name: str) -> None:
     specification = control.read_state(name).get("spec")
     exports = specification.get("exports") if isinstance(specification, dict) else None
     for export in exports if isinstance(exports, list) else []:
-        if str(export).startswith("vhost-user:"):
+        if not str(export).startswith("vhost-user:"):
+            continue
+        try:
             (parsed,) = parse_exports([str(export)])
-            import_module("vduse_blk.exporters.vhost_user.export").remove_leftover(parsed.own)
+        except UserError:
+            continue  # a damaged state names no socket
+        import_module("vduse_blk.exporters.vhost_user.export").remove_leftover(parsed.own)
