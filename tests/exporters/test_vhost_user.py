@@ -750,6 +750,30 @@ def test_a_disconnection_finishes_what_was_in_flight(serve: Serve, machine: Mach
     area.close()
 
 
+@both_paths
+def test_a_successor_that_is_stopped_at_once_has_done_its_duty(serve: Serve, path: str) -> None:
+    """A dead server had popped everything. The next is started and stopped in one breath: when it says where the queue
+    stands, what was popped is answered, and there was more of it than the plugin path takes at a time."""
+    server = serve(path=path)
+    machine = Machine(num=512)
+    queue = machine.queue
+    frontend = machine.boot(server)
+    area = frontend.get_inflight(1, 512)
+    frontend.close()
+    until_alone(server)
+    heads = [queue.request(IN, 8 * i, into=4096).head for i in range(120)]
+    os.pwrite(area.fd, struct.pack("=QHHHH", 0, 1, 512, 0, 0), 0)
+    for counter, head in enumerate(heads):
+        os.pwrite(area.fd, struct.pack("=B5xHQ", 1, 0, counter), 16 + 16 * head)
+    frontend = machine.boot(server, inflight=area)
+    assert frontend.stop_queue(0) == 120
+    assert sorted(head for head, _ in queue.poll_used()) == sorted(heads)
+    assert marks(area) == 0
+    frontend.close()
+    area.close()
+    machine.close()
+
+
 def test_a_successor_keeps_the_cache_mode(serve: Serve, machine: Machine) -> None:
     """A driver that has switched the cache off does not flush; a server that did not know would lose its data."""
     server = serve()
