@@ -143,7 +143,7 @@ def report_of(found: Mapping[str, Any], facts: Mapping[str, str]) -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/compare", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each server in each case (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each server in each case (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.6, help="length of a turn (%(default)s)")
     parser.add_argument("--place", help="only images there: tmpfs, ext4")
     parser.add_argument("--case", help="only these cases: a name or a pattern, 'randread*'")

@@ -27,6 +27,7 @@ import logging
 import os
 import select
 import threading
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -267,6 +268,18 @@ class DeviceServer:
         except VduseError:
             self._setups[index] = dataclasses.replace(setup, last_avail=self._stop_queue(index))
             raise
+        self._settle_interrupts(index)
+
+    def _settle_interrupts(self, index: int) -> None:
+        """One CPU for the queue's interrupts, of those the driver left it: the kernel takes them in turn, and then every
+        other completion wakes a CPU that sleeps, and finds cold caches. Spread by name, or all disks would share one."""
+        try:
+            allowed = self._device.irq_affinity(index)
+            cpus = sorted(allowed & os.sched_getaffinity(0)) or sorted(allowed)
+            if len(cpus) > 1:
+                self._device.set_irq_affinity(index, {cpus[(zlib.crc32(self._device.name.encode()) + index) % len(cpus)]})
+        except VduseError as error:
+            log.debug("%s: %s", self._device.name, error)  # before 6.4, or sysfs is read-only here: slower, nothing else
 
     def _serve_without_storage(self, index: int) -> None:
         """A queue that may not touch the storage's data any more: its requests fail, and users and `detach` go on."""

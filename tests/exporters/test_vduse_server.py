@@ -21,6 +21,7 @@ from vduse_blk.exporters.vduse.server import DeviceServer
 
 from pyvduse._uapi import ffi, lib
 from pyvduse.device import Device, IotlbRegion
+from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.native import NullTarget
 from vduse_blk.queue import DiskRules, NativeQueue
@@ -43,6 +44,8 @@ class Kernel:
     name: str = "x"
     refuse: Callable[[int], OSError | None] = lambda start: None
     kicks: dict[int, int] = field(default_factory=dict)
+    affinity: dict[int, set[int]] = field(default_factory=dict)
+    """What a driver with several queues sets at every attach; all CPUs of a kernel that knows of it, else nothing."""
     interrupts: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +83,14 @@ class Kernel:
 
     def inject_irq(self, index: int) -> None:
         self.interrupts += 1
+
+    def irq_affinity(self, index: int) -> set[int]:
+        if index not in self.affinity:
+            raise VduseError("irq_cb_affinity", self.name, errno.ENOENT)
+        return self.affinity[index]
+
+    def set_irq_affinity(self, index: int, cpus: set[int]) -> None:
+        self.affinity[index] = cpus
 
     def read_message(self) -> bytes | None:
         try:
@@ -239,6 +250,18 @@ def test_reset_and_a_new_driver(kernel: Kernel) -> None:
             assert served.server._iova.regions == ()
             for driver in kernel.drivers:
                 driver.reset_ring()
+
+
+def test_interrupts_of_a_queue_go_to_one_cpu(kernel: Kernel) -> None:
+    """Of those the driver allows one that we may use ourselves; what the driver narrowed to one CPU stays."""
+    mine = os.sched_getaffinity(0)
+    kernel.affinity = {0: mine | {4000}, 1: {4000}}
+    with Served(kernel):
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+    assert len(kernel.affinity[0]) == 1
+    assert kernel.affinity[0] <= mine
+    assert kernel.affinity[1] == {4000}
 
 
 def test_memory_that_vanishes_fails_requests_and_no_more(kernel: Kernel) -> None:

@@ -31,6 +31,9 @@ def test_attach_prints_a_disk_that_works_and_detach_leaves_nothing(tmp_path: Pat
         assert (facts["device"], facts["size"], facts["path"]) == (device, 64 * MIB, "native")
         assert [q["ready"] for q in facts["queues"]] == [True, True]
         assert facts["counters"]["get_id_ops"] >= 1
+        for queue in range(2):  # taken in turn, every other interrupt would wake a CPU that sleeps
+            mask = Path(f"/sys/class/vduse/first/vq{queue}/irq_cb_affinity").read_text()
+            assert int(mask.replace(",", ""), 16).bit_count() == 1
         assert "VERSION_1" in facts["features_negotiated"]
         listed = json.loads(cli("list", "--json").stdout)
         assert "first" in json.dumps(listed)
@@ -39,6 +42,13 @@ def test_attach_prints_a_disk_that_works_and_detach_leaves_nothing(tmp_path: Pat
         cli("detach", "first")
     assert not os.path.exists(device)
     assert_nothing_left()
+
+
+def test_interrupts_of_one_queue_go_to_one_cpu() -> None:
+    """With one queue the driver allows all CPUs, and the kernel would take them in turn."""
+    with attached("null:64M", "--queues", "1", name="one"):
+        mask = Path("/sys/class/vduse/one/vq0/irq_cb_affinity").read_text()
+        assert int(mask.replace(",", ""), 16).bit_count() == 1
 
 
 @pytest.mark.parametrize("source", ["memory:64M", "null:64M"])
