@@ -13,11 +13,13 @@
  *
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
  * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
- * done while fewer queue threads are awake than there are CPUs, or they would take them from who sends the requests.
+ * done while the queue threads that are awake leave a CPU to who sends the requests.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
- * processes where io_uring is forbidden. Files in memory are served by the first, but requests below INLINE_BYTES by plain
- * calls: io_uring has nothing to wait for there but other CPUs that copy, which pays only where there is much to copy.
+ * processes where io_uring is forbidden. Files in memory are served by the first, but with plain calls: io_uring has nothing
+ * to wait for there but other CPUs that copy. That pays only for large reads, and only beside our own copying, so that nothing
+ * is lost where the other CPUs are busy (writes to one file happen one after the other in any case: the kernel locks the
+ * inode).
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -37,7 +39,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BATCH_DEFAULT = 8, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
+enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
 enum { INLINE_BYTES = 128 * 1024 };
 enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
@@ -51,8 +53,9 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     bool arm_kick;
     bool arm_wake;
     int epoll_fd;
-    uint32_t batch;
     uint32_t cpus;    /* this process may run on */
+    uint32_t spinners; /* queue threads that may be awake, one of them looking, without being in anybody's way */
+    uint32_t handed_over; /* requests that other CPUs copy now */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     pthread_t thread;
     sem_t started;
@@ -81,7 +84,7 @@ static bool something_to_do(struct vb_engine *engine)
 /* Kicks are off meanwhile. True: there is something to do. */
 static bool spin(struct vb_engine *engine)
 {
-    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->cpus)
+    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->spinners)
         return false;
     uint64_t end = now_ns() + engine->spin_ns;
     do {
@@ -113,6 +116,16 @@ static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
         engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
 }
 
+/* Requests of the next chunk: half of what there is, so that one half is with the storage while the other is with us. */
+static uint32_t chunk(const struct vb_engine *engine)
+{
+    struct vb_queue *queue = engine->queue;
+    if (queue->config.batch != 0)
+        return queue->config.batch;
+    uint32_t half = (queue->inflight + vring_pending(&queue->ring)) / 2;
+    return half < CHUNK_LEAST ? CHUNK_LEAST : half > CHUNK_MOST ? CHUNK_MOST : half;
+}
+
 /* ---- storage that is done when the call returns ---- */
 
 static int run_sync(struct vb_engine *engine, struct vblk_req *req)
@@ -142,8 +155,9 @@ static void serve_sync(struct vb_engine *engine)
         bool again = false;
         if (queue_ready(queue)) {
             uint64_t bytes = 0;
+            uint32_t room = chunk(engine);
             vring_disable_kick(&queue->ring);
-            for (uint32_t count = 0; count < engine->batch && bytes < CHUNK_BYTES; count++) {
+            for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
                 bool more;
                 struct vblk_req *req = queue_fetch(queue, &more);
                 again = req != NULL || more;
@@ -190,10 +204,21 @@ static void arm_poll(struct vb_engine *engine, int fd, uint64_t tag)
     sqe->user_data = tag;
 }
 
+/* Whether another CPU should copy this one, while we copy the next. */
+static bool hand_over(const struct vb_engine *engine, const struct vblk_req *req)
+{
+    if (req->length < INLINE_BYTES)
+        return false;
+    if (req->op == VBLK_WRITE)
+        return engine->handed_over != 0 || vring_pending(&engine->queue->ring) != 0;
+    return req->op == VBLK_READ && engine->handed_over < 2 * (engine->cpus - 1) && vring_pending(&engine->queue->ring) != 0;
+}
+
 /* Start the next step of a request, or finish it. */
 static void start_step(struct vb_engine *engine, struct vblk_req *req)
 {
-    if (engine->file.in_memory && req->length < INLINE_BYTES) {
+    bool in_memory = engine->file.in_memory;
+    if (in_memory && !hand_over(engine, req)) {
         finish_errno(engine->queue, req, target_file_sync(&engine->file, req));
         return;
     }
@@ -203,8 +228,13 @@ static void start_step(struct vb_engine *engine, struct vblk_req *req)
         COUNT(engine->queue->counters.submits, 1);
         result = target_file_prepare(&engine->file, req, &engine->ring);
     }
-    if (result <= 0)
+    if (result <= 0) {
         finish_errno(engine->queue, req, result);
+    } else if (in_memory) {
+        engine->handed_over++;
+        (void)uring_enter(&engine->ring, 0); /* now: what comes next is done here */
+        COUNT(engine->queue->counters.submits, 1);
+    }
 }
 
 static void reap(struct vb_engine *engine)
@@ -223,6 +253,7 @@ static void reap(struct vb_engine *engine)
             engine->arm_wake |= !armed;
         } else {
             struct vblk_req *req = (struct vblk_req *)(uintptr_t)tag;
+            engine->handed_over -= engine->file.in_memory;
             int error = target_file_advance(&engine->file, req, result);
             if (error < 0)
                 finish_errno(queue, req, error);
@@ -237,7 +268,8 @@ static bool fetch_chunk(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     uint64_t bytes = 0;
     bool more = true;
-    for (uint32_t count = 0; count < engine->batch && bytes < CHUNK_BYTES; count++) {
+    uint32_t room = chunk(engine);
+    for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
         struct vblk_req *req = queue_fetch(queue, &more);
         if (req != NULL) {
             bytes += req->length;
@@ -407,9 +439,10 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->queue = queue;
     engine->target = *target;
     target_file_open(&engine->file, target);
-    engine->batch = queue->config.batch ? queue->config.batch : BATCH_DEFAULT;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
+    /* One CPU is for who sends the requests, unless there are CPUs that we may not use anyway. */
+    engine->spinners = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
