@@ -31,7 +31,7 @@ from vduse_blk.queue.iova import IovaMap
 log = logging.getLogger("vduse_blk.disk")
 
 _WORKERS = 64  # requests of one queue in Python at a time; the rest waits in the ring
-_CHUNK = 32  # requests of a batch that is served on the loop
+_CHUNK = 16  # requests of a batch that is served on the loop: the driver gets on with them while we do the next
 _CHUNKS = 8  # of those in a row, then others on the loop have their turn
 _STATUS = {Status.OK: lib.VBLK_S_OK, Status.IOERR: lib.VBLK_S_IOERR, Status.UNSUPP: lib.VBLK_S_UNSUPP}
 
