@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Wish:
 
     def member(self, memory: bytearray) -> BatchMember:
         ends = [0, *sorted(min(cut, self.length) for cut in self.cuts), self.length]
-        views = [memoryview(memory)[8 + a : 8 + b] for a, b in zip(ends, ends[1:], strict=False)]
+        views = [memoryview(memory)[8 + a : 8 + b] for a, b in itertools.pairwise(ends)]
         return BatchMember(self.is_write, self.offset, views, self.fua)
 
     def memory(self) -> bytearray:
@@ -160,10 +161,8 @@ class _Moody(MemoryBackend):
                 raise ValueError("a bug")
             if mood == "leave":
                 continue
-            for segment in batch.memory(request.index):
-                pass
             if mood == "fail":
-                batch.results[request.index] = errno.EOPNOTSUPP
+                batch.results[request.number] = errno.EOPNOTSUPP
         if "leave" not in self.moods:
             batch.copy(self._bytes)
 
@@ -213,8 +212,8 @@ async def _in_a_batch(stack: Stack, members: Sequence[BatchMember]) -> list[int 
     st.sampled_from([512, 1024]),
 )
 def test_a_batch_is_single_requests(wanted: list[Wish], facts: dict[str, Any], block_size: int) -> None:
-    """Whatever is asked, and whatever the storage says of itself: statuses, memory, storage and the stack's counters are those
-    of the coroutines."""
+    """Whatever is asked, and whatever the storage says of itself: statuses, memory, storage and the stack's counters are
+    those of the coroutines."""
     # Requests that touch each other have no order; single requests one after another have.
     apart = [w for i, w in enumerate(wanted) if not any(_touch(w, other) for other in wanted[:i])]
 

@@ -330,8 +330,8 @@ def test_results_of_a_batch_become_statuses(batching: tuple[Disk, Batching]) -> 
         for request in batch:
             number = request.offset // 4096
             if number in answers:
-                batch.memory(request.index)[0][:4] = b"some"
-                batch.results[request.index] = answers[number]
+                batch.memory(request.number)[0][:4] = b"some"
+                batch.results[request.number] = answers[number]
         raise OSError(errno.EIO, "the others")
 
     backend.behaviour = behave
@@ -345,7 +345,7 @@ def test_results_of_a_batch_become_statuses(batching: tuple[Disk, Batching]) -> 
     def leave(batch: Batch) -> None:
         for request in batch:
             if request.offset % 8192 == 0:
-                batch.results[request.index] = 0
+                batch.results[request.number] = 0
         batch.copy = lambda *_: None  # type: ignore[method-assign]
 
     backend.behaviour = leave

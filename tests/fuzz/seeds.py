@@ -164,8 +164,8 @@ def queue_seeds() -> dict[str, bytes]:
     seeds["failed-read"] = Program().request(IN, buffers=2).poll().complete(status=1)
     seeds["failed-target"] = Program(by_target=True, small_disk=True).request(IN, 40).request(OUT, 41, slot=3).poll()
     for how in (0, 1, 2, 4, 8, 16, 32):
-        seeds[f"batch-{how}"] = Program().request(IN, 8, buffers=2).request(OUT, 16, buffers=2, slot=4).request(FLUSH, slot=8)
-        seeds[f"batch-{how}"].batch(how).complete(3)
+        three = Program().request(IN, 8, buffers=2).request(OUT, 16, buffers=2, slot=4).request(FLUSH, slot=8)
+        seeds[f"batch-{how}"] = three.batch(how).complete(3)
     seeds["batch-beside"] = Program().request(IN, 8, buffers=2).request(OUT, 16, slot=4).batch(start=9, blocks=7).complete(2)
     seeds["batch-results"] = Program().request(IN, 8).request(OUT, 16, slot=4).batch(results=(5, -7)).complete(2)
     seeds["batch-open"] = Program().request(IN, 8).request(OUT, 16, slot=4).batch(results=(-1, None)).complete(2)

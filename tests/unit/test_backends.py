@@ -247,15 +247,15 @@ class _BatchReadsShort(MemoryBackend):
     def batch(self, batch: Batch) -> None:
         for request in batch:
             if not request.is_write:
-                view = batch.memory(request.index)[0]
+                view = batch.memory(request.number)[0]
                 view[:-1] = self._bytes[request.offset : request.offset + len(view) - 1]
-                batch.results[request.index] = 0
+                batch.results[request.number] = 0
 
 
 class _BatchWritesNothing(MemoryBackend):
     def batch(self, batch: Batch) -> None:
         for request in batch:
-            batch.results[request.index] = OPEN if not request.is_write else 0
+            batch.results[request.number] = OPEN if not request.is_write else 0
 
 
 class _BatchKeepsMemory(MemoryBackend):
@@ -275,7 +275,7 @@ class _BatchWritesLate(MemoryBackend):
         batch.copy(self._bytes)
         for request in batch:
             if not request.is_write and not hasattr(self, "late"):
-                self.late = ctypes.addressof(ctypes.c_char.from_buffer(batch.memory(request.index)[0]))
+                self.late = ctypes.addressof(ctypes.c_char.from_buffer(batch.memory(request.number)[0]))
 
     async def flush(self) -> None:
         if hasattr(self, "late"):

@@ -395,10 +395,10 @@ class FileBackend(Backend):
         for request in batch:
             call = os.pwritev if request.is_write else os.preadv
             try:
-                self._transfer(call, request.offset, batch.memory(request.index))
-                batch.results[request.index] = 0
+                self._transfer(call, request.offset, batch.memory(request.number))
+                batch.results[request.number] = 0
             except OSError as error:
-                batch.results[request.index] = error.errno or errno.EIO
+                batch.results[request.number] = error.errno or errno.EIO
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], offset: int, segments: Segments) -> None:
         """Repeat ``call`` (preadv or pwritev) until everything is done."""

@@ -32,9 +32,9 @@ RECORD: Final[dict[str, Any]] = {
 
 
 class BatchRequest(NamedTuple):
-    """``offset`` and ``length`` in bytes. ``index`` is what ``Batch.memory`` and ``Batch.results`` want."""
+    """``offset`` and ``length`` in bytes. ``number`` is its index in ``Batch.results``."""
 
-    index: int
+    number: int
     is_write: bool
     fua: bool
     offset: int
@@ -82,10 +82,10 @@ class Batch(ABC):
     @property
     @abstractmethod
     def results(self) -> memoryview:
-        """A result per request, to be written, of format 'i': ``OPEN``, 0, or an errno. For numpy ``frombuffer(..., "i4")``."""
+        """A result per request, to be written, of format 'i': ``OPEN``, 0, or an errno."""
 
     @abstractmethod
-    def memory(self, index: int) -> list[memoryview]:
+    def memory(self, number: int) -> list[memoryview]:
         """The segments of a request, read-only for a write; for numpy ``frombuffer(segment, "u1")``. No copy."""
 
     @abstractmethod

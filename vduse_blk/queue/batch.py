@@ -1,7 +1,7 @@
 """A ``Batch`` over the C core's parsed requests, without copying any of them.
 
-``vb_queue_poll`` fills ``items``; ``admit`` puts what belongs to the batch first; after ``settle`` the ``answers`` are ready for
-``vb_queue_complete``, and ``rest`` is what single requests are made of: what was not admitted and what was left open.
+``vb_queue_poll`` fills ``items``; ``admit`` puts what belongs to the batch first; after ``settle`` the ``answers`` are ready
+for ``vb_queue_complete``, and ``rest`` is what single requests are made of: what was not admitted and what was left open.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class RingBatch(Batch):
         return self._count
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        for index, item in enumerate(_ITEM.iter_unpack(self.records)):
-            yield BatchRequest(index, item[1] == WRITE, bool(item[2]), item[4], item[5])
+        for number, item in enumerate(_ITEM.iter_unpack(self.records)):
+            yield BatchRequest(number, item[1] == WRITE, bool(item[2]), item[4], item[5])
 
     @property
     def records(self) -> memoryview:
@@ -104,10 +104,10 @@ class RingBatch(Batch):
             self._given.append(self._results_view)
         return self._results_view
 
-    def memory(self, index: int) -> list[memoryview]:
-        if not 0 <= index < self._count:
-            raise IndexError(f"request {index} of {self._count}")
-        item = self.items[index]
+    def memory(self, number: int) -> list[memoryview]:
+        if not 0 <= number < self._count:
+            raise IndexError(f"request {number} of {self._count}")
+        item = self.items[number]
         views = views_of(item.iov, item.iov_count, writable=item.op == lib.VBLK_READ)
         self._given += views
         return views

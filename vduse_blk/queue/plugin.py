@@ -1,13 +1,14 @@
 """A virtqueue served by the event loop, for storage that lives in Python.
 
 A kick wakes the loop; one C call pops and parses what is there. Storage that takes batches is given reads and writes at
-once, on the loop, or in shares on its threads, and one C call answers them. Every other request goes to one of a fixed set
-of worker tasks, which awaits the stack; the answers of one turn of the loop are given in one C call. Each such call publishes
-once and notifies at most once. Guest memory is handed to the stack as memoryviews over the mapping, never copied.
+once, on the loop, or in shares on its threads, and one C call answers them. Every other request goes to one of a fixed
+set of worker tasks, which awaits the stack; the answers of one turn of the loop are given in one C call. Each such call
+publishes once and notifies at most once. Guest memory is handed over as memoryviews of the mapping, never copied.
 
 Owners: ``start``, ``stop``, ``set_table``, ``answer_miss`` are the control thread's; everything with an underscore is the
-loop's, but for ``_serve_share`` and the filling of ``_shares``, which are a thread's. The C queue object is created before the loop learns of it and freed after the loop has let go of it, so the two
-never share it at the same time, but for the atomics of ``set_table``, ``answer_miss`` and ``view``.
+loop's, but for ``_serve_share`` and the filling of ``_shares``, which are a thread's. The C queue object is created before
+the loop learns of it and freed after the loop has let go of it, so the two never share it at the same time, but for the
+atomics of ``set_table``, ``answer_miss`` and ``view``.
 """
 
 from __future__ import annotations

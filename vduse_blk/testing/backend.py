@@ -105,8 +105,8 @@ class _WatchedBatch(RingBatch):
         watched.begin(len(members))
         return watched
 
-    def memory(self, index: int) -> list[memoryview]:
-        views = super().memory(index)
+    def memory(self, number: int) -> list[memoryview]:
+        views = super().memory(number)
         self.owners += [view.obj for view in views]
         return views
 
