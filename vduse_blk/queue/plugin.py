@@ -199,6 +199,7 @@ class PluginQueue(CoreQueue):
     def _answer(self) -> None:
         self._answering = False
         done, self._done = self._done, []
+        assert len(done) <= _WORKERS  # a worker ends one request per turn of the loop
         for slot, (head, status) in zip(self._answers, done, strict=False):
             slot.head, slot.status = head, status
         self._complete(self._answers, len(done))
@@ -240,10 +241,9 @@ class PluginQueue(CoreQueue):
             self._busy_threads -= 1
             self._on_threads -= len(share)
             self._stack.settle(share)
-            self._done += [(share.answers[i].head, share.answers[i].status) for i in range(share.answered)]
+            self._complete(share.answers, share.answered)
             self._begin(share.rest())
-        if self._done:
-            self._answer_soon()
+        self._look_soon()
 
     # ------------------------------------------------------------------------------------------------- one request
 
