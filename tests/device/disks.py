@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 import pytest
 
 from vduse_blk import registry
+from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.block.contract import Backend
 from vduse_blk.block.stack import Stack
+from vduse_blk.block.threads import Threads
 from vduse_blk.queue import DiskRules, IovaMap, NativeQueue, PluginQueue, QueueView
 from vduse_blk.queue.base import CoreQueue
 from vduse_blk.testing.driver import FakeDriver
@@ -62,6 +64,8 @@ class Kind:
     place: str = ""
     direct: bool = False
     sync: bool = False
+    batches: str = ""
+    """"no": without batches; "threads": on threads; "": as the backend has it."""
 
     def __str__(self) -> str:
         return self.name
@@ -90,6 +94,8 @@ KINDS = [
     Kind("native-block-uring", "file", True, "uring", BLOCK),
     Kind("native-block-sync", "file", True, "sync", BLOCK),
     Kind("plugin-memory", "memory", False),
+    Kind("plugin-memory-single", "memory", False, batches="no"),
+    Kind("plugin-memory-threads", "memory", False, batches="threads"),
     Kind("plugin-null", "null", False),
     Kind("plugin-file", "file", False, "auto", DISK_FS),
     Kind("plugin-file-direct", "file", False, "auto", DISK_FS, direct=True),
@@ -97,6 +103,25 @@ KINDS = [
     Kind("plugin-block", "file", False, "auto", BLOCK),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+class SingleMemory(MemoryBackend):
+    """Every request is a coroutine's."""
+
+    takes_batches = False
+
+
+class ThreadedMemory(MemoryBackend):
+    """As if it blocked."""
+
+    def __init__(self, options: MemoryBackend.Options) -> None:
+        super().__init__(options)
+        self.batch_threads = Threads("memory", 3)
+
+    async def close(self) -> None:
+        assert self.batch_threads is not None
+        self.batch_threads.close()
+        await super().close()
 
 
 class LoopDevice:
@@ -164,7 +189,7 @@ class Disk:
 
     def _backend(self) -> Backend:
         kind = self.kind
-        cls = registry.backend(kind.backend)
+        cls = {"no": SingleMemory, "threads": ThreadedMemory}.get(kind.batches) or registry.backend(kind.backend)
         if not kind.is_file:
             return cls(cls.Options(size=self.size))
         folder = tempfile.mkdtemp(dir="/dev/shm" if kind.place == MEMORY_FS else os.environ.get("TMPDIR", "/var/tmp"))

@@ -28,7 +28,10 @@ from vduse_blk.testing.driver import (
 )
 
 RINGS = [(event_idx, indirect) for event_idx in (True, False) for indirect in (True, False)]
-PATHS = [BY_NAME["native-memory"], BY_NAME["native-file-uring"], BY_NAME["plugin-memory"]]
+PATHS = [
+    BY_NAME[name]
+    for name in ("native-memory", "native-file-uring", "plugin-memory", "plugin-memory-single", "plugin-memory-threads")
+]
 """One of each engine, for what does not depend on storage."""
 
 

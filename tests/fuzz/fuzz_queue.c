@@ -302,6 +302,64 @@ static void poll_items(struct world *w)
     check_used(w);
 }
 
+/* As storage in Python that takes batches: some of the disk is in memory, some results are errors or left open. */
+static void serve_batch(struct world *w)
+{
+    uint32_t room = 1 + in8(&w->in) % ITEMS;
+    uint8_t how = in8(&w->in);
+    struct vb_item *items = malloc(room * sizeof(*items));
+    int32_t *results = malloc(room * sizeof(*results));
+    struct vb_done *done = malloc(room * sizeof(*done));
+    struct vb_batch_totals totals;
+    struct vb_batch_limits limits = {
+        .size = (how & 1) ? w->target.size : w->rules.capacity,
+        .max_transfer = (how & 2) ? w->rules.block_size : 0,
+        .block_size = (how & 4) ? 0 : w->rules.block_size,
+        .writes = (how & 8) == 0,
+        .fua = (how & 16) == 0,
+    };
+    uint32_t count = (uint32_t)vb_queue_poll(w->queue, items, room);
+    uint32_t admitted = vb_batch_admit(items, results, count, &limits);
+    MUST(admitted <= count && (limits.block_size != 0 || admitted == 0));
+    for (uint32_t i = 0; i < count; i++) {
+        check_item(w, &items[i]);
+        w->inflight[w->inflight_count++] = items[i].head;
+        MUST(i >= admitted || items[i].op == VBLK_READ || (items[i].op == VBLK_WRITE && limits.writes));
+    }
+    /* A window of exactly its size, so that a byte beside it is seen. */
+    uint64_t start = in8(&w->in) % DISK_BLOCKS * 512u;
+    uint64_t size = in8(&w->in) % DISK_BLOCKS * 512u;
+    uint8_t *window = calloc(1, size);
+    vb_batch_copy(items, results, admitted, window, start, size, (how & 32) == 0);
+    free(window);
+    uint32_t open = 0;
+    for (uint32_t i = 0; i < admitted; i++) {
+        if (in8(&w->in) == 255)
+            results[i] = (int32_t)in32(&w->in);
+        open += results[i] == VB_BATCH_OPEN;
+    }
+    uint32_t answered = vb_batch_settle(items, results, admitted, done, &totals);
+    MUST(answered + open == admitted && totals.reads + totals.writes + totals.errors == answered);
+    for (uint32_t i = 0; i < answered; i++) {
+        uint32_t at = 0;
+        while (at < w->inflight_count && w->inflight[at] != done[i].head)
+            at++;
+        MUST(at < w->inflight_count);
+        w->inflight[at] = w->inflight[--w->inflight_count];
+    }
+    for (uint32_t i = 0; i < open; i++) {
+        uint32_t at = 0;
+        while (at < w->inflight_count && w->inflight[at] != items[i].head)
+            at++;
+        MUST(at < w->inflight_count);
+    }
+    MUST(vb_queue_complete(w->queue, done, answered) == 0);
+    free(done);
+    free(results);
+    free(items);
+    check_used(w);
+}
+
 /* As the engine's synchronous loop does it. */
 static void serve_by_target(struct world *w)
 {
@@ -404,7 +462,7 @@ static void step(struct world *w)
 {
     struct input *in = &w->in;
     uint64_t event = w->config.avail_iova + 4 + 2 * (uint64_t)w->config.num;
-    switch (in8(in) % 12) {
+    switch (in8(in) % 13) {
     case 0:
     case 1:
         request(w);
@@ -443,6 +501,10 @@ static void step(struct world *w)
             put16(w, event, (uint16_t)(w->last_used_idx + in8(in) - 2));
         else
             put16(w, w->config.avail_iova, in8(in) & 1);
+        break;
+    case 12:
+        if (!w->by_target)
+            serve_batch(w);
         break;
     }
 }

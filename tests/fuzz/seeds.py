@@ -100,6 +100,15 @@ class Program:
         self.u8(2, room - 1)
         return self
 
+    def batch(self, how: int = 0, *, start: int = 0, blocks: int = 63, results: tuple[int | None, ...] = ()) -> Program:
+        """``how``: bits of what is not admitted; the storage has ``blocks`` of 512 bytes from block ``start`` on."""
+        self.u8(12, 15, how, start, blocks)
+        for result in results:
+            self.u8(0 if result is None else 255)
+            if result is not None:
+                self.code += struct.pack("<i", result)
+        return self
+
     def complete(self, count: int = 1, status: int = 0, *, stranger: int | None = None) -> Program:
         self.u8(4, (count - 1) | status << 6 | (0x20 if stranger is not None else 0), *([0] * count))
         if stranger is not None:
@@ -154,6 +163,12 @@ def queue_seeds() -> dict[str, bytes]:
             seeds[f"{name}-target-{'null' if null else 'memory'}"] = target
     seeds["failed-read"] = Program().request(IN, buffers=2).poll().complete(status=1)
     seeds["failed-target"] = Program(by_target=True, small_disk=True).request(IN, 40).request(OUT, 41, slot=3).poll()
+    for how in (0, 1, 2, 4, 8, 16, 32):
+        three = Program().request(IN, 8, buffers=2).request(OUT, 16, buffers=2, slot=4).request(FLUSH, slot=8)
+        seeds[f"batch-{how}"] = three.batch(how).complete(3)
+    seeds["batch-beside"] = Program().request(IN, 8, buffers=2).request(OUT, 16, slot=4).batch(start=9, blocks=7).complete(2)
+    seeds["batch-results"] = Program().request(IN, 8).request(OUT, 16, slot=4).batch(results=(5, -7)).complete(2)
+    seeds["batch-open"] = Program().request(IN, 8).request(OUT, 16, slot=4).batch(results=(-1, None)).complete(2)
     seeds["read-only"] = Program(read_only=True).request(OUT).request(DISCARD, slot=4).request(IN, slot=8).poll()
     seeds["unsupported"] = Program(discard=False, write_zeroes=False).request(DISCARD).request(WRITE_ZEROES, slot=4).poll()
     seeds["unknown"] = Program().request(99, buffers=0).poll()

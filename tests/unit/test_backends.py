@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import mmap
@@ -20,12 +21,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 import pytest
 
 from vduse_blk.backends import file as file_module
 from vduse_blk.backends.file import FileBackend
 from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.backends.null import NullBackend
+from vduse_blk.block.batch import OPEN, Batch
 from vduse_blk.block.contract import Backend, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import FileTarget
@@ -168,6 +171,11 @@ class TestKit:
             ("leak", "flushes"),
             ("wrong_size", "tells_the_truth"),
             ("discard_too_much", "discards"),
+            ("batch_reads_short", "serves_batches"),
+            ("batch_writes_nothing", "serves_batches"),
+            ("batch_keeps_memory", "serves_batches"),
+            ("batch_writes_late", "serves_batches"),
+            ("batch_invents_results", "serves_batches"),
         ],
     )
     def test_a_broken_rule_is_found(self, broken: str, check: str) -> None:
@@ -235,7 +243,60 @@ class _DiscardTooMuch(MemoryBackend):
         await super().discard(offset, length + 1)
 
 
+class _BatchReadsShort(MemoryBackend):
+    def batch(self, batch: Batch) -> None:
+        for request in batch:
+            if not request.is_write:
+                view = batch.memory(request.number)[0]
+                view[:-1] = self._bytes[request.offset : request.offset + len(view) - 1]
+                batch.results[request.number] = 0
+
+
+class _BatchWritesNothing(MemoryBackend):
+    def batch(self, batch: Batch) -> None:
+        for request in batch:
+            batch.results[request.number] = OPEN if not request.is_write else 0
+
+
+class _BatchKeepsMemory(MemoryBackend):
+    def batch(self, batch: Batch) -> None:
+        self.kept = numpy.frombuffer(batch.memory(0)[0], "u1")
+        batch.copy(self._bytes)
+
+    async def close(self) -> None:
+        del self.kept
+        await super().close()
+
+
+class _BatchWritesLate(MemoryBackend):
+    """Through an address, which no release takes away."""
+
+    def batch(self, batch: Batch) -> None:
+        batch.copy(self._bytes)
+        for request in batch:
+            if not request.is_write and not hasattr(self, "late"):
+                self.late = ctypes.addressof(ctypes.c_char.from_buffer(batch.memory(request.number)[0]))
+
+    async def flush(self) -> None:
+        if hasattr(self, "late"):
+            ctypes.memset(self.late, 0, 8)
+
+    async def refresh(self) -> Any:
+        return dataclasses.replace(await super().refresh(), volatile_cache=True)
+
+
+class _BatchInventsResults(MemoryBackend):
+    def batch(self, batch: Batch) -> None:
+        batch.copy(self._bytes)
+        batch.results[0] = -5
+
+
 _BROKEN: dict[str, type[MemoryBackend]] = {
+    "batch_reads_short": _BatchReadsShort,
+    "batch_writes_nothing": _BatchWritesNothing,
+    "batch_keeps_memory": _BatchKeepsMemory,
+    "batch_writes_late": _BatchWritesLate,
+    "batch_invents_results": _BatchInventsResults,
     "short_read": _ShortRead,
     "first_segment_only": _FirstSegmentOnly,
     "write_too_far": _WriteTooFar,

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from vduse_blk.block.batch import Batch
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of, locks_on, loops_over
@@ -93,10 +94,11 @@ class FileBackend(Backend):
         read_only: bool = field(default=False, metadata=about("open for reading only"))
 
     options: Options
+    takes_batches = True
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._threads = Threads("file", _THREADS)
+        self._threads = self.batch_threads = Threads("file", _THREADS)
         self._fd = -1
         self._created: os.stat_result | None = None
         self._is_block_device = False
@@ -388,6 +390,15 @@ class FileBackend(Backend):
         return 0
 
     # ------------------------------------------------------------------------------------ requests, on any thread
+
+    def batch(self, batch: Batch) -> None:
+        for request in batch:
+            call = os.pwritev if request.is_write else os.preadv
+            try:
+                self._transfer(call, request.offset, batch.memory(request.number))
+                batch.results[request.number] = 0
+            except OSError as error:
+                batch.results[request.number] = error.errno or errno.EIO
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], offset: int, segments: Segments) -> None:
         """Repeat ``call`` (preadv or pwritev) until everything is done."""

@@ -12,6 +12,7 @@ import mmap
 from dataclasses import dataclass, field
 from typing import Final
 
+from vduse_blk.block.batch import Batch
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.linux import munlock
@@ -29,6 +30,7 @@ class MemoryBackend(Backend):
         size: Size = field(metadata=about("size of the disk", place=True))
 
     options: Options
+    takes_batches = True
 
     async def open(self) -> BlockInfo:
         size = self.options.size
@@ -60,6 +62,9 @@ class MemoryBackend(Backend):
         for segment in data:
             self._bytes[offset : offset + len(segment)] = segment
             offset += len(segment)
+
+    def batch(self, batch: Batch) -> None:
+        batch.copy(self._bytes)
 
     async def flush(self) -> None:
         pass

@@ -12,6 +12,9 @@ Rules that hold for every method of every backend and filter:
 * A request ends by returning or by ``OSError``; ``EOPNOTSUPP`` means "never ask this again". ``open`` and ``resize`` may
   also raise ``UserError``. Anything else is a bug.
 * Offsets and lengths are bytes.
+
+A backend that ``takes_batches`` gets reads and writes also, and mostly, many at a time in ``batch``: see ``block.batch``. It
+keeps its coroutines, which serve everything else.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from vduse_blk.block.batch import Batch
 from vduse_blk.block.native import NativeTarget
+from vduse_blk.block.threads import Threads
 
 Segments = Sequence[memoryview]
 """Pieces of memory of one request, in order; each of format 'B', one dimension, contiguous."""
@@ -78,6 +83,13 @@ class Backend(ABC):
 
     Options: ClassVar[type]
     """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
+
+    takes_batches: bool = False
+    """Whether ``batch`` may be called. Constant while the backend is open."""
+
+    batch_threads: Threads | None = None
+    """Threads of the backend, for a ``batch`` that blocks: it is called on several at a time, each with its share of what
+    arrived. None: ``batch`` never blocks, and is called on the event loop. Constant while the backend is open."""
 
     def __init__(self, options: Any) -> None:
         """``options`` is an instance of ``Options``. Touches nothing."""
@@ -134,6 +146,14 @@ class Backend(ABC):
         """
         raise OSError(errno.EOPNOTSUPP, f"{self} has a fixed size")
 
+    def batch(self, batch: Batch) -> None:
+        """Serve what it can of ``batch``, finished when it returns. Only if ``takes_batches``.
+
+        An OSError fails every request still open, so an error of one request belongs into its result. Other requests, also
+        coroutines, may be under way meanwhile; the order of overlapping ones is open.
+        """
+        raise NotImplementedError
+
     def native_target(self) -> NativeTarget | None:
         """How C can serve this without Python, from ``open`` to ``close``; None: it cannot."""
         return None
@@ -146,7 +166,7 @@ class Backend(ABC):
 class PassthroughFilter(Backend):
     """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
 
-    Never native: a request served in C would go past the filter.
+    Never native, and without batches: such a request would go past the filter.
     """
 
     def __init__(self, below: Backend, options: Any) -> None:
@@ -194,7 +214,8 @@ class TransformFilter(Backend):
     """A layer over ``below`` that changes what the bytes mean (cow, cache, crypt).
 
     Every operation stays abstract, those with a default in ``Backend`` too: when the contract grows, a transform that
-    forgot the new operation cannot be instantiated, instead of corrupting data.
+    forgot the new operation cannot be instantiated, instead of corrupting data. ``batch`` is none: without
+    ``takes_batches`` nobody calls it.
     """
 
     def __init__(self, below: Backend, options: Any) -> None:

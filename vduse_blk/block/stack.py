@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from vduse_blk.block.batch import Batch, BatchLimits
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import NativeTarget
+from vduse_blk.block.threads import Threads
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -143,6 +145,16 @@ class Stack:
         self._check_open()
         return self._backend.native_target()
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether ``admit`` and what follows it make sense. Constant while the stack is open."""
+        return self._backend.takes_batches
+
+    @property
+    def batch_threads(self) -> Threads | None:
+        """Where ``serve`` must be called, because it blocks; None: on the event loop. Constant while the stack is open."""
+        return self._backend.batch_threads
+
     def _presented(self, leaf: BlockInfo) -> BlockInfo:
         """The disk that the storage makes. Raises UserError if it makes none."""
         block = self._block_size or leaf.logical_block_size
@@ -247,6 +259,40 @@ class Stack:
         self.counters.write_zeroes += 1
         self.counters.write_zeroes_bytes += length
 
+    # A batch goes through admit, serve and settle; what it drops and what it leaves open goes through the coroutines above.
+
+    def admit(self, batch: Batch) -> None:
+        """Leave in a batch only what the backend can be given without a refusal, a cut or an emulation."""
+        info, leaf = self._info, self._leaf
+        batch.admit(
+            BatchLimits(
+                size=info.size if self._open else 0,
+                block_size=info.logical_block_size,
+                max_transfer=leaf.max_transfer,
+                writes=not info.read_only,
+                fua=leaf.fua is Support.NATIVE,
+            )
+        )
+
+    def serve(self, batch: Batch) -> None:
+        """Have the backend serve an admitted batch. Raises nothing. On one of ``batch_threads``, if there are such."""
+        try:
+            self._backend.batch(batch)
+        except OSError as error:
+            batch.fail(error.errno or errno.EIO)
+        except Exception as error:
+            self._complain("batch", error)
+            batch.fail(errno.EIO)
+
+    def settle(self, batch: Batch) -> None:
+        """Count what became of a batch."""
+        totals, counters = batch.settle(), self.counters
+        counters.reads += totals.reads
+        counters.read_bytes += totals.read_bytes
+        counters.writes += totals.writes
+        counters.write_bytes += totals.write_bytes
+        counters.errors += totals.errors
+
     async def _write(self, offset: int, length: int, data: Segments, native_fua: bool) -> None:
         for at, segments in self._pieces(offset, length, data):
             await self._guard("write", self._backend.write(at, segments, fua=native_fua))
@@ -309,11 +355,15 @@ class Stack:
         except Exception as error:
             if isinstance(error, UserError) and operation in _ASKED_BY_A_USER:
                 raise
-            kind = (operation, type(error))
-            if kind not in self._bugs:
-                self._bugs.add(kind)
-                log.exception("bug in the storage %s: %s failed in a way it must not (said once)", self, operation)
+            self._complain(operation, error)
             raise OSError(errno.EIO, f"bug in {self}: {error!r}") from error
+
+    def _complain(self, operation: str, error: Exception) -> None:
+        """Log a bug of the backend once. In the handler of ``error``; any thread."""
+        kind = (operation, type(error))
+        if kind not in self._bugs:
+            self._bugs.add(kind)
+            log.exception("bug in the storage %s: %s failed in a way it must not (said once)", self, operation)
 
 
 def _length_of(segments: Segments) -> int:

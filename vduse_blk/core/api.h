@@ -264,6 +264,48 @@ int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room);
 /* Plugin: answer, publish once, notify at most once. 0, or -EINVAL for a head that is not in flight (nothing is done for it). */
 int vb_queue_complete(struct vb_queue *queue, const struct vb_done *done, uint32_t count);
 
+/* ---- batch.c: what one vb_queue_poll gave, for storage that takes many requests at once ------------------------- */
+
+/* Result of a request of a batch: this, 0, or an errno. */
+enum { VB_BATCH_OPEN = -1 };
+
+/* What a batch may contain: reads and writes within these. */
+struct vb_batch_limits {
+    uint64_t size;         /* of the disk, bytes */
+    uint64_t max_transfer; /* bytes per request, 0 = any */
+    uint32_t block_size;   /* offset and length are multiples; 0 = nothing is admitted */
+    uint8_t writes;
+    uint8_t fua;           /* writes that must be durable when answered */
+    uint16_t reserved;
+};
+
+/* What a settled batch did: requests that succeeded, their bytes, requests that failed. */
+struct vb_batch_totals {
+    uint64_t reads;
+    uint64_t read_bytes;
+    uint64_t writes;
+    uint64_t write_bytes;
+    uint64_t errors;
+};
+
+/*
+ * Put what may be in the batch first, in its order, and open their results (room for count). Returns how many; the order of
+ * the others is lost.
+ */
+uint32_t vb_batch_admit(struct vb_item *items, int32_t *results, uint32_t count, const struct vb_batch_limits *limits);
+/*
+ * Serve every open request that lies in bytes [start, start+size) of the disk by copying from or to `memory`, which holds
+ * them; writes only if `writable`. The others stay open.
+ */
+void vb_batch_copy(const struct vb_item *items, int32_t *results, uint32_t count, uint8_t *memory, uint64_t start,
+                   uint64_t size, int writable);
+/*
+ * Write an answer for each request that has a result into `done` (room for count), sum up, and put the open ones first.
+ * Returns the number of answers; count minus that are open.
+ */
+uint32_t vb_batch_settle(struct vb_item *items, const int32_t *results, uint32_t count, struct vb_done *done,
+                         struct vb_batch_totals *totals);
+
 /* ---- mapping.c -------------------------------------------------------------------------------------------------- */
 
 /* Map `length` bytes of fd from `offset` (page-aligned), shared, and guard the range. NULL with *error = errno. */

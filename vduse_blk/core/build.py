@@ -16,6 +16,7 @@ SOURCES = (
     "vblk.c",
     "inflight.c",
     "queue.c",
+    "batch.c",
     "mapping.c",
     "uring.c",
     "target_file.c",

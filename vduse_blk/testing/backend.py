@@ -12,14 +12,18 @@ import ctypes
 import errno
 import os
 import random
+import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from vduse_blk.block.batch import OPEN, BatchLimits
 from vduse_blk.block.contract import Backend, BlockInfo, Support
 from vduse_blk.block.native import FileTarget, MemoryTarget
 from vduse_blk.block.stack import Stack
+from vduse_blk.queue.batch import RingBatch
+from vduse_blk.testing.batch import BatchMember, make_batch
 
 MakeBackend = Callable[[], Backend]
 MIN_SIZE: Final = 1 << 20
@@ -58,6 +62,53 @@ class Opened:
         if found != wanted:
             at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
             raise AssertionError(f"{what}: byte {offset + at} is {found[at]:#04x}, not {wanted[at]:#04x}")
+
+
+    async def batch(self, members: Sequence[BatchMember]) -> list[int]:
+        """Have the disk serve a batch of ``members``; the results, ``OPEN`` where it has left one to the coroutines."""
+        disk, batch = self.disk, _WatchedBatch.of(members)
+        if isinstance(disk, Stack):
+            disk.admit(batch)
+        else:
+            batch.admit(BatchLimits(self.info.size, self.block, 0, writes=True, fua=False))
+        assert len(batch) == len(members), "the kit's own batch is refused"
+        serve = disk.serve if isinstance(disk, Stack) else disk.batch
+        if disk.batch_threads is None:
+            serve(batch)
+        else:
+            await disk.batch_threads.run(serve, batch)
+        results = list(batch.results)
+        for result in results:
+            assert result == OPEN or 0 <= result < 4096, f"{result} is no result: neither OPEN, 0 nor an errno"
+        if isinstance(disk, Stack):
+            disk.settle(batch)
+        else:
+            batch.settle()
+        # By the list, the loop and the call; a view of a view (numpy makes such) is one more, and no release takes it away.
+        for owner in batch.owners:
+            assert sys.getrefcount(owner) <= 3, "memory of a batch is kept in use after it"
+        return results
+
+
+class _WatchedBatch(RingBatch):
+    """Remembers what memory it gave out."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.owners: list[object] = []
+
+    @classmethod
+    def of(cls, members: Sequence[BatchMember]) -> _WatchedBatch:
+        plain, watched = make_batch(members), cls(len(members))
+        for i in range(len(members)):
+            watched.items[i] = plain.items[i]
+        watched.begin(len(members))
+        return watched
+
+    def memory(self, number: int) -> list[memoryview]:
+        views = super().memory(number)
+        self.owners += [view.obj for view in views]
+        return views
 
 
 Check = Callable[[Opened], Awaitable[None]]
@@ -262,6 +313,71 @@ async def _leaves_memory_alone_when_cancelled(t: Opened) -> None:
     assert all(buffer == mark for buffer in buffers), "a cancelled read goes on writing to its memory"
 
 
+async def _serves_batches(t: Opened) -> None:
+    """Reads and writes in one call, of any segments, do what the coroutines do, or are left to them; nothing beside their
+    memory is touched, then or later."""
+    if not t.disk.takes_batches:
+        return
+    block = t.block
+    old = t.data(128 * block)
+    await t.write(0, old)
+    expected = bytearray(old)
+    members: list[BatchMember] = []
+    memories: list[bytearray] = []
+    for i in range(32):
+        length = block * t.random.choice([1, 1, 2, 4])
+        memory = bytearray(t.data(length + 64))
+        memories.append(memory)
+        cuts = sorted(t.random.choices(range(length + 1), k=t.random.choice([0, 0, 1, 5])))
+        views = [memoryview(memory)[32 + a : 32 + b] for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+        members.append(BatchMember(i % 2 == 1, 4 * i * block, views))
+    before = [bytes(memory) for memory in memories]
+    results = await t.batch(members)
+    for member, memory, was, result in zip(members, memories, before, results, strict=True):
+        what = f"the {'write' if member.is_write else 'read'} of {member.length} bytes at {member.offset} in a batch"
+        start, end = member.offset, member.offset + member.length
+        assert result in (0, OPEN), f"{what}: {os.strerror(result)}"
+        assert memory[:32] == was[:32], f"{what} changes memory before its own"
+        assert memory[-32:] == was[-32:], f"{what} changes memory behind its own"
+        if member.is_write:
+            assert memory == was, f"{what} changes the memory it writes from"
+            if result == OPEN:
+                await t.disk.write(start, member.segments)
+            expected[start:end] = was[32:-32]
+        elif result == 0:
+            wanted = old[start:end] if t.keeps_data else bytes(end - start)
+            assert memory[32:-32] == wanted, f"{what} gives other bytes"
+    await t.expect(0, bytes(expected), "after a batch of reads and writes")
+    marks = [t.data(len(memory)) for memory in memories]
+    for memory, mark in zip(memories, marks, strict=True):
+        memory[:] = mark
+    await t.write(0, old)
+    await t.disk.flush()
+    await t.expect(0, old, "some time after a batch")
+    assert all(a == b for a, b in zip(memories, marks, strict=True)), "the memory of a batch is written after it"
+
+
+async def _serves_batches_beside_others(t: Opened) -> None:
+    """Several batches at once where they have threads, and coroutines beside them."""
+    if not t.disk.takes_batches:
+        return
+    block = t.block
+    data = [t.data(block) for _ in range(128)]
+
+    async def batch(first: int) -> None:
+        members = [BatchMember(True, i * block, [memoryview(bytearray(data[i]))]) for i in range(first, first + 16)]
+        for member, result in zip(members, await t.batch(members), strict=True):
+            if result == OPEN:
+                await t.disk.write(member.offset, member.segments)
+
+    await asyncio.gather(
+        *(batch(first) for first in range(0, 96, 16)),
+        *(t.write(i * block, data[i]) for i in range(96, 128)),
+        t.disk.flush(),
+    )
+    await t.expect(0, b"".join(data), "after batches and single writes at once")
+
+
 async def _is_the_same_in_c(t: Opened) -> None:
     """What C is given leads to the same bytes."""
     target = t.disk.native_target()
@@ -327,6 +443,8 @@ CHECKS: Final[dict[str, Check]] = {
     "forces_writes": _forces_writes,
     "serves_many_at_once": _serves_many_at_once,
     "leaves_memory_alone_when_cancelled": _leaves_memory_alone_when_cancelled,
+    "serves_batches": _serves_batches,
+    "serves_batches_beside_others": _serves_batches_beside_others,
     "is_the_same_in_c": _is_the_same_in_c,
     "refuses_what_is_wrong": _refuses_what_is_wrong,
 }
