@@ -84,6 +84,7 @@ KINDS = [
     Kind("native-file-uring", "file", True, "uring", DISK_FS),
     Kind("native-file-sync", "file", True, "sync", DISK_FS),
     Kind("native-file-direct", "file", True, "uring", DISK_FS, direct=True),
+    Kind("native-file-direct-sync", "file", True, "sync", DISK_FS, direct=True),
     Kind("native-file-dsync", "file", True, "uring", DISK_FS, sync=True),
     Kind("native-tmpfs", "file", True, "auto", MEMORY_FS),
     Kind("native-tmpfs-uring", "file", True, "uring", MEMORY_FS),

@@ -109,8 +109,8 @@ def make_root(image: Path, size: int) -> None:
     for applet in listed:
         if applet != "busybox":
             (tree / "bin" / applet).symlink_to("busybox")
-    source = Path(__file__).with_name("verify.c")
-    subprocess.run(["gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Werror", source, "-o", tree / "bin/verify"], check=True)
+    compiler = ["gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Werror"]
+    subprocess.run([*compiler, Path(__file__).with_name("verify.c"), "-o", tree / "bin/verify"], check=True)
     (tree / "init").write_text(_ROOT_INIT)
     (tree / "init").chmod(0o755)
     with open(image, "wb") as file:

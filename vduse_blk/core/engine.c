@@ -16,11 +16,13 @@
  * done while fewer queue threads are awake than there are CPUs, or they would take them from who sends the requests.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
- * processes where io_uring is forbidden. Files in memory are served by the first, but requests below INLINE_BYTES by plain
- * calls: io_uring has nothing to wait for there but other CPUs that copy, which pays only where there is much to copy.
+ * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
+ * served by the first, but requests below INLINE_BYTES by plain calls: io_uring has nothing to wait for there but other CPUs
+ * that copy, which pays only where there is much to copy.
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "pool.h"
 #include "uring.h"
 
 #include <errno.h>
@@ -47,6 +49,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     struct vb_target target;
     struct target_file file;
     struct uring ring;
+    struct pool pool;
     bool by_uring;
     bool arm_kick;
     bool arm_wake;
@@ -74,6 +77,7 @@ static bool something_to_do(struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
     return vring_pending(&queue->ring) != 0 || (engine->by_uring && uring_has_news(&engine->ring)) ||
+           pool_has_news(&engine->pool) ||
            atomic_load_explicit(&queue->stopping, memory_order_relaxed) ||
            atomic_load_explicit(&queue->table_next, memory_order_relaxed) != queue->table;
 }
@@ -113,13 +117,14 @@ static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
         engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
 }
 
-/* ---- storage that is done when the call returns ---- */
+/* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
 
+/* 0 or -errno; 1 = later. */
 static int run_sync(struct vb_engine *engine, struct vblk_req *req)
 {
     switch ((enum vb_target_kind)engine->target.kind) {
     case VB_TARGET_FILE:
-        return target_file_sync(&engine->file, req);
+        return engine->pool.is_open ? pool_start(&engine->pool, req) : target_file_sync(&engine->file, req);
     case VB_TARGET_MEMORY:
         return target_memory(&engine->target, req);
     case VB_TARGET_NULL:
@@ -130,6 +135,12 @@ static int run_sync(struct vb_engine *engine, struct vblk_req *req)
     return -EIO;
 }
 
+/* False: the thread may end. Asked again before every sleep: who stops it wakes it once. */
+static bool goes_on(const struct vb_queue *queue)
+{
+    return !atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue);
+}
+
 static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int result)
 {
     queue_finish(queue, req, vblk_status_of_errno(-result));
@@ -138,9 +149,14 @@ static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int resul
 static void serve_sync(struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
-    while (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) {
+    while (goes_on(queue)) {
         bool again = false;
-        if (queue_ready(queue)) {
+        struct vblk_req *next;
+        for (struct vblk_req *done = pool_done(&engine->pool); done != NULL; done = next) {
+            next = done->next;
+            finish_errno(queue, done, done->result);
+        }
+        if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
             vring_disable_kick(&queue->ring);
             for (uint32_t count = 0; count < engine->batch && bytes < CHUNK_BYTES; count++) {
@@ -151,14 +167,18 @@ static void serve_sync(struct vb_engine *engine)
                     break;
                 if (req != NULL) {
                     bytes += req->length;
-                    finish_errno(queue, req, run_sync(engine, req));
+                    int result = run_sync(engine, req);
+                    if (result <= 0)
+                        finish_errno(queue, req, result);
                 }
             }
             queue_publish(queue);
             if (!again && queue->ring.fault == VRING_OK && !atomic_load(&queue->missing))
                 again = spin(engine) || vring_enable_kick(&queue->ring);
+        } else {
+            queue_publish(queue);
         }
-        if (!again) {
+        if (!again && goes_on(queue)) {
             struct epoll_event events[2];
             uint64_t slept_at = before_sleep();
             (void)epoll_wait(engine->epoll_fd, events, 2, -1);
@@ -255,7 +275,7 @@ static void serve_uring(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     engine->arm_kick = true;
     engine->arm_wake = true;
-    while (!atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue)) {
+    while (goes_on(queue)) {
         bool more = false;
         bool ready = (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue);
         if (ready) {
@@ -278,6 +298,7 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_kick = false;
         engine->arm_wake = false;
 
+        more |= !goes_on(queue);
         uint64_t slept_at = more ? 0 : before_sleep();
         int error = uring_enter(&engine->ring, more ? 0 : 1);
         if (!more)
@@ -341,6 +362,11 @@ static int choose_loop(struct vb_engine *engine)
         if (target->io_mode == VB_IO_URING)
             return error;
     }
+    if (target->kind == VB_TARGET_FILE && !is_in_memory(target->fd)) {
+        int error = pool_open(&engine->pool, &engine->file, engine->queue);
+        if (error < 0)
+            return error;
+    }
     return open_epoll(engine);
 }
 
@@ -365,6 +391,7 @@ static void *run(void *argument)
         uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
     } else {
         serve_sync(engine);
+        pool_close(&engine->pool);
     }
     atomic_fetch_sub(&awake, 1);
     return NULL;
@@ -372,6 +399,7 @@ static void *run(void *argument)
 
 static void engine_free(struct vb_engine *engine)
 {
+    pool_close(&engine->pool);
     uring_close(&engine->ring);
     if (engine->epoll_fd >= 0)
         close(engine->epoll_fd);
