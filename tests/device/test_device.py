@@ -28,7 +28,7 @@ from vduse_blk.testing.driver import (
 )
 
 RINGS = [(event_idx, indirect) for event_idx in (True, False) for indirect in (True, False)]
-PATHS = [BY_NAME["native-memory"], BY_NAME["native-file-uring"], BY_NAME["plugin-memory"]]
+PATHS = [BY_NAME[f"native-{name}"] for name in ("memory", "file-uring", "file-sync", "tmpfs")] + [BY_NAME["plugin-memory"]]
 """One of each engine, for what does not depend on storage."""
 
 

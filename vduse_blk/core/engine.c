@@ -109,6 +109,8 @@ static uint64_t before_sleep(void)
 static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
 {
     atomic_fetch_add_explicit(&awake, 1, memory_order_relaxed);
+    if (engine->target.spin != VB_SPIN_AUTO)
+        return;
     if (now_ns() - slept_at > SPIN_MAX_NS)
         engine->spin_ns = 0;
     else if (engine->spin_ns == 0)
@@ -340,7 +342,10 @@ static int open_epoll(struct vb_engine *engine)
 static int open_uring(struct vb_engine *engine)
 {
     unsigned cq = 2 * engine->queue->config.num;
-    int error = uring_open(&engine->ring, SQ_ENTRIES, cq < 256 ? 256 : cq);
+    enum uring_mode mode = engine->target.io_mode == VB_IO_URING_COOP    ? URING_COOP_TASKRUN
+                           : engine->target.io_mode == VB_IO_URING_PLAIN ? URING_PLAIN
+                                                                         : URING_DEFER_TASKRUN;
+    int error = uring_open(&engine->ring, SQ_ENTRIES, cq < 256 ? 256 : cq, mode);
     if (error == 0)
         error = uring_register_file(&engine->ring, engine->target.fd);
     if (error < 0)
@@ -359,7 +364,7 @@ static int choose_loop(struct vb_engine *engine)
             engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
             return 0;
         }
-        if (target->io_mode == VB_IO_URING)
+        if (target->io_mode != VB_IO_AUTO)
             return error;
     }
     if (target->kind == VB_TARGET_FILE && !is_in_memory(target->fd)) {
@@ -436,8 +441,11 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->target = *target;
     target_file_open(&engine->file, target);
     engine->batch = queue->config.batch ? queue->config.batch : BATCH_DEFAULT;
+    engine->spin_ns = target->spin == VB_SPIN_ALWAYS ? SPIN_MAX_NS : 0;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
+    if (target->spin == VB_SPIN_ALWAYS)
+        engine->cpus = UINT32_MAX;
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
