@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
+import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disks import BY_NAME, MIB, Disk, LoopDevice
+from disks import BY_NAME, DISK_FS, MIB, Disk, Kind, LoopDevice
 
+from vduse_blk.core._core import lib
 from vduse_blk.testing.driver import IN, OK, OUT
 
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
+
+
+def forbid_io_uring() -> None:
+    """For this process and for good, with EPERM, as the seccomp profile of a container does."""
+    errno_eperm, allow = 0x00050001, 0x7FFF0000
+    program = [  # load the number; 425 to 427 are io_uring's on every architecture
+        (0x20, 0, 0, 0), (0x35, 0, 2, 425), (0x25, 1, 0, 427), (0x06, 0, 0, errno_eperm), (0x06, 0, 0, allow),
+    ]  # fmt: skip
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for words in ((38, 1, 0, 0, 0), (22, 2, filter_program, 0, 0)):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+        if libc.prctl(*words) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
 
 
 def threads() -> int:
@@ -115,3 +133,31 @@ def test_what_the_page_cache_holds_needs_no_thread() -> None:
     deadline = time.monotonic() + 5
     while threads() != 0:
         assert time.monotonic() < deadline
+
+
+def serve_without_io_uring() -> None:
+    """In a process of its own."""
+    forbid_io_uring()
+    assert lib.vb_uring_probe() == -1
+    disk = Disk(Kind("auto", "file", True, "auto", DISK_FS, direct=True))
+    try:
+        writes = [disk.driver.request(OUT, 8 * i, out=bytes([i]) * 4096) for i in range(16)]
+        disk.driver.run(*writes)
+        assert {write.status for write in writes} == {OK}
+        assert disk.content(15 * 4096, 4096) == bytes([15]) * 4096
+        assert threads() > 0
+    finally:
+        disk.close()
+    try:
+        Disk(BY_NAME["native-file-uring"]).close()
+    except PermissionError:
+        print("served without io_uring")
+
+
+def test_where_io_uring_is_forbidden_threads_are_chosen() -> None:
+    """Nobody has to say so: a process that may not use io_uring serves files, unless it insists."""
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_pool; test_pool.serve_without_io_uring()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, Path(__file__).parent], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "served without io_uring\n", done.stdout + done.stderr
