@@ -70,3 +70,20 @@ def test_engine_memory_and_arithmetic() -> None:
 def test_engine_threads() -> None:
     """The same, with control looking on and publishing tables: the thread sanitizer is silent."""
     assert "engine_stress: ok" in stress("stress_threads", 4000)
+
+
+def test_device_tests_under_the_sanitizers() -> None:
+    """The device tests of every native engine mode, with the extension that the address and undefined-behaviour sanitizers
+    watch: they pass, and the sanitizers, which end the process, are silent."""
+    environment = load("run").extension_environment()
+    where = "import vduse_blk.core._core as core, vduse_blk.exporters.vhost_user as e; print(core.__file__)"
+    python = [sys.executable, "-P"]
+    loaded = subprocess.run([*python, "-c", where], env=environment, capture_output=True, text=True, check=False)
+    assert "build/fuzz/extension" in loaded.stdout, loaded.stderr
+    some = "native and not flags and not event-direct and not 65536 or pool"
+    result = subprocess.run(
+        [*python, "-m", "pytest", "-q", FUZZ.parent / "device", "-k", some],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
+    assert int(result.stdout.rpartition(" passed")[0].split()[-1]) > 300

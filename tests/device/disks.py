@@ -66,6 +66,7 @@ class Kind:
     sync: bool = False
     batches: str = ""
     """"no": without batches; "threads": on threads; "": as the backend has it."""
+    spin: str = "auto"
 
     def __str__(self) -> str:
         return self.name
@@ -84,10 +85,17 @@ DISK_FS, MEMORY_FS, BLOCK = "disk", "memory", "block"
 
 KINDS = [
     Kind("native-memory", "memory", True),
+    Kind("native-memory-spinning", "memory", True, spin="always"),
     Kind("native-null", "null", True),
     Kind("native-file-uring", "file", True, "uring", DISK_FS),
+    Kind("native-file-uring-spinning", "file", True, "uring", DISK_FS, spin="always"),
+    Kind("native-file-uring-sleeping", "file", True, "uring", DISK_FS, spin="never"),
+    Kind("native-file-uring-coop", "file", True, "uring-coop", DISK_FS),
+    Kind("native-file-uring-plain", "file", True, "uring-plain", DISK_FS),
     Kind("native-file-sync", "file", True, "sync", DISK_FS),
+    Kind("native-file-sync-spinning", "file", True, "sync", DISK_FS, spin="always"),
     Kind("native-file-direct", "file", True, "uring", DISK_FS, direct=True),
+    Kind("native-file-direct-sync", "file", True, "sync", DISK_FS, direct=True),
     Kind("native-file-dsync", "file", True, "uring", DISK_FS, sync=True),
     Kind("native-tmpfs", "file", True, "auto", MEMORY_FS),
     Kind("native-tmpfs-uring", "file", True, "uring", MEMORY_FS),
@@ -210,7 +218,7 @@ class Disk:
             return PluginQueue(0, self.rules, self.stack, self.loop.loop)
         target = self.stack.native_target()
         assert target is not None
-        return NativeQueue(0, self.rules, target, io_mode=self.kind.io_mode)
+        return NativeQueue(0, self.rules, target, io_mode=self.kind.io_mode, spin=self.kind.spin)
 
     def start(self, **changes: Any) -> None:
         """Start the queue, or start it again."""

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from disks import BLOCK, BY_NAME, KINDS, MIB, SIZE, Disk, Kind
 
+from vduse_blk.core._core import ffi
+from vduse_blk.queue.base import inflight_log_bytes
 from vduse_blk.testing.driver import (
     DISCARD,
     FLUSH,
@@ -28,9 +30,8 @@ from vduse_blk.testing.driver import (
 )
 
 RINGS = [(event_idx, indirect) for event_idx in (True, False) for indirect in (True, False)]
-PATHS = [
-    BY_NAME[name]
-    for name in ("native-memory", "native-file-uring", "plugin-memory", "plugin-memory-single", "plugin-memory-threads")
+PATHS = [BY_NAME[f"native-{name}"] for name in ("memory", "file-uring", "file-sync", "tmpfs")] + [
+    BY_NAME[name] for name in ("plugin-memory", "plugin-memory-single", "plugin-memory-threads")
 ]
 """One of each engine, for what does not depend on storage."""
 
@@ -772,3 +773,23 @@ def test_old_tables_are_let_go(make: Make, kind: Kind) -> None:
             assert disk.driver.read(0, 4096)[0] == OK
             disk.driver.reset_heap()
     assert len(disk.iova._tables) < 10
+
+
+@pytest.mark.parametrize("name", ["native-memory", "native-file-sync", "native-file-uring", "native-tmpfs"])
+def test_stopped_while_it_takes_over(make: Make, name: str) -> None:
+    """Stopped at once, with requests of a dead server to do again of which the last names memory that nobody has mapped: it
+    answers the others and stops, although nobody will tell it of that memory."""
+    disk = make(BY_NAME[name], start=False, num=256)
+    driver = disk.driver
+    heads = [driver.request(IN, 8 * i, into=4096).head for i in range(60)]
+    lost = driver.add_chain([header(driver, IN), Buffer(driver.base - 65536, 512, True), status_of(driver)])
+    driver.offer(lost)
+    memory = bytearray(inflight_log_bytes(256))
+    struct.pack_into("=QHHHH", memory, 0, 0, 1, 256, 0, 0)
+    for counter, head in enumerate([*heads, lost]):
+        struct.pack_into("=B5xHQ", memory, 16 + 16 * head, 1, 0, counter)
+    log = ffi.new("uint64_t[]", inflight_log_bytes(256) // 8)
+    ffi.memmove(log, memory, len(memory))
+    disk.start(inflight=int(ffi.cast("uintptr_t", log)))
+    assert disk.queue.stop() == 61
+    assert sorted(head for head, _used in driver.poll_used()) == sorted(heads)

@@ -1,12 +1,12 @@
 /*
- * The engine under load, for the sanitizers: a driver on this thread, a queue served by the engine's own, storage of every
- * kind. Every request is held against a shadow copy of the disk.
+ * The engine under load, for the sanitizers: a driver on a thread, a queue served by the engine's own, storage of every kind;
+ * one queue, then four at once. Every request is held against a shadow copy of the queue's part of the disk.
  *
  *     engine_stress [REQUESTS] [SEED]
  *
- * The disk is cut into as many stripes as there may be requests in flight; each request stays in a stripe of its own, so
- * the shadow always says what a read must give. Control is played by a third thread, which looks at the view and counters
- * and publishes new tables all the while. Under -fsanitize=thread the driver's accesses to the ring are atomic, as a
+ * A queue's part is cut into as many stripes as there may be requests in flight; each request stays in a stripe of its own, so
+ * the shadow always says what a read must give. Control is played by a third thread, which looks at the view and counters,
+ * publishes new tables and resizes the disk all the while. Under -fsanitize=thread the driver's accesses to the ring are atomic, as a
  * driver's are; the device may not touch a buffer before it is offered or after it is given back, and that is what
  * remains to be said.
  */
@@ -25,7 +25,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NUM = 64, DEPTH = 16, STRIPE = 256 * 1024, DISK = DEPTH * STRIPE, BUFFER = 128 * 1024, SLOT = BUFFER + 8192 };
+enum { NUM = 64, DEPTH = 16, STRIPE = 256 * 1024, PART = DEPTH * STRIPE, BUFFER = 128 * 1024, SLOT = BUFFER + 8192 };
+enum { QUEUES = 4, DISK = QUEUES * PART };
 enum { BASE = 0x40000000, RING_BYTES = 8192, PIECES = 4 };
 enum { T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_GET_ID = 8, T_DISCARD = 11, T_WRITE_ZEROES = 13 };
 
@@ -70,8 +71,9 @@ struct driver {
     struct request requests[DEPTH];
     int8_t owner[NUM]; /* head -> request */
     uint8_t *shadow;
-    bool unknown[DISK / 512]; /* discarded: reads as anything */
+    bool unknown[PART / 512]; /* discarded: reads as anything */
     int kick_fd, call_fd, event_fd;
+    uint64_t first; /* byte of the disk where this queue's part begins */
     uint64_t random;
     uint64_t done, interrupts;
     bool forgets; /* null: reads give zeros, whatever was written */
@@ -155,7 +157,7 @@ static void build(struct driver *d, int which)
     r->offset = (uint64_t)which * STRIPE + below(d, (STRIPE - r->length) / unit + 1) * unit;
     slot->type = r->type;
     slot->ioprio = 0;
-    slot->sector = r->offset / 512;
+    slot->sector = (d->first + r->offset) / 512;
     slot->status = 0x5A;
     add(list, &count, d, slot, 16, 0);
     if (r->type == T_IN || r->type == T_OUT) {
@@ -180,9 +182,9 @@ static void build(struct driver *d, int which)
         uint32_t sectors = r->length / 512;
         uint32_t first = (uint32_t)below(d, sectors + 1);
         uint32_t unmap = r->type == T_WRITE_ZEROES ? (uint32_t)below(d, 2) : 0;
-        slot->ranges[0].sector = r->offset / 512;
+        slot->ranges[0].sector = (d->first + r->offset) / 512;
         slot->ranges[0].sectors = first;
-        slot->ranges[1].sector = r->offset / 512 + first;
+        slot->ranges[1].sector = (d->first + r->offset) / 512 + first;
         slot->ranges[1].sectors = sectors - first;
         slot->ranges[0].flags = slot->ranges[1].flags = unmap;
         add(list, &count, d, slot->ranges, 32, 0);
@@ -313,12 +315,12 @@ static void drive(struct driver *d, uint64_t requests)
 static void check_storage(const struct driver *d, const struct vb_target *target)
 {
     uint8_t sector[512];
-    for (uint64_t i = 0; i < DISK / 512; i++) {
+    for (uint64_t i = 0; i < PART / 512; i++) {
         const uint8_t *found = sector;
         if (target->kind == VB_TARGET_FILE)
-            MUST(pread(target->fd, sector, 512, (off_t)(i * 512)) == 512);
+            MUST(pread(target->fd, sector, 512, (off_t)(d->first + i * 512)) == 512);
         else
-            found = (const uint8_t *)(uintptr_t)target->address + i * 512;
+            found = (const uint8_t *)(uintptr_t)target->address + d->first + i * 512;
         MUST(d->unknown[i] || memcmp(found, d->shadow + i * 512, 512) == 0);
     }
 }
@@ -327,6 +329,7 @@ static void check_storage(const struct driver *d, const struct vb_target *target
 
 struct control {
     struct vb_queue *queue;
+    struct vblk_rules *rules;
     struct iova_table *tables[2]; /* the same memory as one region or as two */
     _Atomic bool stop;
 };
@@ -348,6 +351,7 @@ static void *run_control(void *argument)
             next->generation = generation;
             next->drain = generation % 4 == 0;
             vb_queue_set_table(c->queue, next);
+            vblk_set_capacity(c->rules, generation % 8 < 4 ? DISK : 2 * (uint64_t)DISK);
         }
         nanosleep(&pause, NULL);
     }
@@ -372,8 +376,24 @@ static struct iova_table *make_table(const struct driver *d, size_t bytes, uint3
 
 /* ---- one kind of storage ---- */
 
-static void stress(const char *name, const struct vb_target *target, bool event_idx, bool indirect, uint64_t requests, uint64_t seed)
+struct job {
+    const char *name;
+    const struct vb_target *target;
+    struct vblk_rules *rules; /* of the disk: all its queues share them */
+    uint32_t queue;
+    bool event_idx, indirect;
+    uint64_t requests, seed;
+};
+
+static void *stress(void *argument)
 {
+    const struct job *job = argument;
+    const char *name = job->name;
+    const struct vb_target *target = job->target;
+    bool event_idx = job->event_idx;
+    bool indirect = job->indirect;
+    uint64_t requests = job->requests;
+    uint64_t seed = job->seed;
     struct driver *d = calloc(1, sizeof(*d));
     size_t bytes = RING_BYTES + (size_t)DEPTH * SLOT;
     struct timespec began;
@@ -386,6 +406,7 @@ static void stress(const char *name, const struct vb_target *target, bool event_
     d->event_idx = event_idx;
     d->indirect = indirect;
     d->random = seed;
+    d->first = (uint64_t)job->queue * PART;
     for (uint16_t i = 0; i < NUM; i++) {
         d->free[d->free_count++] = i;
         d->owner[i] = -1;
@@ -394,7 +415,7 @@ static void stress(const char *name, const struct vb_target *target, bool event_
     d->avail_idx = d->used_seen = d->kicked_at = (uint16_t)(0xffff - seed % 500);
     d->avail->idx = d->avail_idx;
     d->used->idx = d->used_seen;
-    d->shadow = calloc(1, DISK);
+    d->shadow = calloc(1, PART);
     memset(d->unknown, 1, sizeof(d->unknown));
     d->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     d->call_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -403,19 +424,15 @@ static void stress(const char *name, const struct vb_target *target, bool event_
     if (d->forgets)
         memset(d->unknown, 0, sizeof(d->unknown));
 
-    struct vblk_rules rules = {
-        .capacity = DISK, .block_size = 512, .discard = 1, .write_zeroes = 1, .max_discard_sectors = 4096,
-        .max_write_zeroes_sectors = 4096, .max_ranges = 8, .serial = "stress",
-    };
     struct vb_queue_config config = {
-        .num = NUM, .desc_iova = iova_of(d, d->desc), .avail_iova = iova_of(d, d->avail), .used_iova = iova_of(d, d->used),
+        .index = job->queue, .num = NUM, .desc_iova = iova_of(d, d->desc), .avail_iova = iova_of(d, d->avail), .used_iova = iova_of(d, d->used),
         .last_avail = VB_RESUME, .event_idx = event_idx, .indirect = indirect, .seg_max = 64, .kick_fd = d->kick_fd,
         .notify_fd = d->call_fd, .event_fd = d->event_fd,
     };
-    struct control control = {.tables = {make_table(d, bytes, 3), make_table(d, bytes, 1)}};
+    struct control control = {.rules = job->rules, .tables = {make_table(d, bytes, 3), make_table(d, bytes, 1)}};
     pthread_t thread;
     int error;
-    control.queue = vb_queue_new(&config, &rules, control.tables[1], &error);
+    control.queue = vb_queue_new(&config, job->rules, control.tables[1], &error);
     MUST(control.queue != NULL);
     error = vb_engine_start(control.queue, target);
     if (error != 0) {
@@ -454,6 +471,24 @@ out:
     munmap(d->memory, bytes);
     free(d->shadow);
     free(d);
+    return NULL;
+}
+
+/* `queues` at once, of all kinds of ring if there are four. The kinds of one queue come by `way`. */
+static void stress_disk(const char *name, const struct vb_target *target, uint32_t queues, uint32_t way, uint64_t requests, uint64_t seed)
+{
+    struct vblk_rules rules = {
+        .capacity = DISK, .block_size = 512, .discard = 1, .write_zeroes = 1, .max_discard_sectors = 4096,
+        .max_write_zeroes_sectors = 4096, .max_ranges = 8, .serial = "stress",
+    };
+    struct job jobs[QUEUES];
+    pthread_t threads[QUEUES];
+    for (uint32_t i = 0; i < queues; i++) {
+        jobs[i] = (struct job){name, target, &rules, i, (way + i) & 1, (way + i) & 2, requests, seed * (2 * (uint64_t)(way + i) + 1)};
+        MUST(pthread_create(&threads[i], NULL, stress, &jobs[i]) == 0);
+    }
+    for (uint32_t i = 0; i < queues; i++)
+        pthread_join(threads[i], NULL);
 }
 
 static int open_disk(const char *folder)
@@ -484,19 +519,21 @@ int main(int argc, char **argv)
     struct vb_target null = {.kind = VB_TARGET_NULL};
 
     MUST(mapping_guard_install() == 0);
-    for (int way = 0; way < 4; way++) {
-        bool event_idx = way & 1;
-        bool indirect = way & 2;
-        uint64_t each = requests / 4;
-        uint64_t its_seed = seed * (2 * (uint64_t)way + 1);
-        file.io_mode = VB_IO_URING;
-        stress("file by io_uring", &file, event_idx, indirect, each, its_seed);
-        file.io_mode = VB_IO_SYNC;
-        stress("file by plain calls", &file, event_idx, indirect, each, its_seed);
-        shared.io_mode = VB_IO_AUTO;
-        stress("tmpfs file", &shared, event_idx, indirect, each, its_seed);
-        stress("memory", &memory, event_idx, indirect, each, its_seed);
-        stress("null", &null, event_idx, indirect, each, its_seed);
+    for (uint32_t way = 0; way < 4; way++) {
+        static const uint32_t spins[] = {VB_SPIN_AUTO, VB_SPIN_NEVER, VB_SPIN_ALWAYS, VB_SPIN_AUTO};
+        static const uint32_t modes[] = {VB_IO_URING, VB_IO_URING_COOP, VB_IO_URING_PLAIN, VB_IO_URING};
+        file.spin = shared.spin = memory.spin = spins[way];
+        for (uint32_t queues = 1; queues <= QUEUES; queues += QUEUES - 1) {
+            uint64_t each = requests / 4 / queues;
+            file.io_mode = modes[way];
+            stress_disk("file by io_uring", &file, queues, way, each, seed);
+            file.io_mode = VB_IO_SYNC;
+            stress_disk("file by threads", &file, queues, way, each, seed);
+            shared.io_mode = VB_IO_AUTO;
+            stress_disk("tmpfs file", &shared, queues, way, each, seed);
+            stress_disk("memory", &memory, queues, way, each, seed);
+        }
+        stress_disk("null", &null, 1, way, requests / 4, seed);
     }
     munmap(storage, DISK);
     close(file.fd);

@@ -48,7 +48,7 @@ exec sh </dev/ttyS0 >/dev/ttyS0 2>&1
 
 def requirements() -> None:
     """Skip where the programs or the kernel are not there."""
-    for program in ("qemu-system-x86_64", "busybox", "mke2fs"):
+    for program in ("qemu-system-x86_64", "busybox", "mke2fs", "gcc"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
     if not (KERNEL / "ready").exists():
@@ -100,7 +100,7 @@ def make_initrd(path: Path) -> None:
 
 
 def make_root(image: Path, size: int) -> None:
-    """An ext4 file system with busybox in it."""
+    """An ext4 file system with busybox in it, and verify.c."""
     tree = image.parent / "root"
     for name in ("bin", "dev", "proc", "sys", "run", "data"):
         (tree / name).mkdir(parents=True)
@@ -109,6 +109,8 @@ def make_root(image: Path, size: int) -> None:
     for applet in listed:
         if applet != "busybox":
             (tree / "bin" / applet).symlink_to("busybox")
+    compiler = ["gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Werror"]
+    subprocess.run([*compiler, Path(__file__).with_name("verify.c"), "-o", tree / "bin/verify"], check=True)
     (tree / "init").write_text(_ROOT_INIT)
     (tree / "init").chmod(0o755)
     with open(image, "wb") as file:

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "exporters"))
 from servers import MIB, Server
 
 SIZE = 96 * MIB
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(200)
 
 
 def test_a_guest_migrates_while_it_writes(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ enum vb_target_kind { VB_TARGET_NONE = 0, VB_TARGET_FILE, VB_TARGET_MEMORY, VB_T
 /* EVENTFD: the file is shared with the driver, who may have made it blocking, and full. */
 enum vb_notify_kind { VB_NOTIFY_EVENTFD = 0, VB_NOTIFY_VDUSE };
 enum { VB_RESUME = 0x10000 };
-enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC };
+/* URING_COOP, URING_PLAIN: io_uring as kernels before 6.1 and before 5.19 have it. */
+enum vb_io_mode { VB_IO_AUTO = 0, VB_IO_URING, VB_IO_SYNC, VB_IO_URING_COOP, VB_IO_URING_PLAIN };
+enum vb_spin { VB_SPIN_AUTO = 0, VB_SPIN_NEVER, VB_SPIN_ALWAYS };
 
 /* How C serves the storage without Python. The file descriptor stays the caller's and must outlive the queue. */
 struct vb_target {
@@ -147,6 +149,7 @@ struct vb_target {
     int32_t fd;               /* FILE */
     uint32_t is_block_device; /* FILE */
     uint32_t io_mode;         /* FILE: enum vb_io_mode */
+    uint32_t spin;            /* enum vb_spin: whether the queue looks for work before it sleeps */
     uint64_t address;         /* MEMORY: host address of byte 0 */
     uint64_t size;            /* MEMORY: bytes */
     uint8_t *lost;            /* FILE: shared by all queues of the disk; not 0 once a flush has failed. NULL = may be retried */

@@ -21,6 +21,7 @@ SOURCES = (
     "uring.c",
     "target_file.c",
     "target_memory.c",
+    "pool.c",
     "engine.c",
 )
 
@@ -39,7 +40,7 @@ ffi.set_source(
     # Relative: setuptools wants sources inside the tree, and builds run from its top.
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE)],
-    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h")],
+    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "pool.h")],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing"],
     extra_link_args=["-pthread"],
     py_limited_api=True,

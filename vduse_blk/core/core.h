@@ -152,6 +152,8 @@ struct vblk_req {
     uint32_t step;      /* first iov piece or range not yet done */
     uint64_t progress;  /* bytes done of the whole (read, write) or of the present range */
     uint8_t phase;      /* target's own */
+    int result;            /* pool: 0 or -errno */
+    struct vblk_req *next; /* pool: in one of its lists */
 };
 
 enum vblk_verdict {
@@ -231,17 +233,20 @@ struct target_file {
     bool is_block_device;
     bool direct;        /* O_DIRECT */
     bool sync;          /* O_DSYNC */
-    bool no_zero_range; /* learnt: fallocate(ZERO_RANGE) is not supported, write zeros instead */
-    bool no_punch;      /* learnt: fallocate(PUNCH_HOLE) is not supported */
-    bool no_command;    /* learnt: io_uring cannot discard */
-    bool no_discard;    /* learnt: the device cannot discard */
+    /* Learnt, by whichever thread comes across it. */
+    _Atomic bool no_zero_range;   /* fallocate(ZERO_RANGE) is not supported, write zeros instead */
+    _Atomic bool no_punch;        /* fallocate(PUNCH_HOLE) is not supported */
+    _Atomic bool no_command;      /* io_uring cannot discard */
+    _Atomic bool no_discard;      /* the device cannot discard */
+    _Atomic bool no_nowait_read;  /* RWF_NOWAIT is not supported */
+    _Atomic bool no_nowait_write;
     bool in_memory;     /* tmpfs and the like: what io_uring gets is for other threads */
     uint8_t *lost;      /* as in vb_target */
 };
 
 void target_file_open(struct target_file *file, const struct vb_target *target);
 
-/* Serve one request by plain system calls. 0 or -errno. */
+/* Serve one request by plain system calls. 0 or -errno. Any thread. */
 int target_file_sync(struct target_file *file, struct vblk_req *req);
 /*
  * Prepare the next step of a request. TARGET_PENDING = an SQE was filled, TARGET_FULL = there is none, submit and call

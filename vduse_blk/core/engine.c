@@ -16,13 +16,13 @@
  * done while the queue threads that are awake leave a CPU to who sends the requests.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
- * processes where io_uring is forbidden. Files in memory are served by the first, but with plain calls: io_uring has nothing
- * to wait for there but other CPUs that copy. That pays only for large reads, and only beside our own copying, so that nothing
- * is lost where the other CPUs are busy (writes to one file happen one after the other in any case: the kernel locks the
- * inode).
+ * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
+ * served by the first, but with plain calls: io_uring has nothing to wait for there but other CPUs that copy. That pays only
+ * for large transfers, and only beside our own copying, so that nothing is lost where the other CPUs are busy.
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "pool.h"
 #include "uring.h"
 
 #include <errno.h>
@@ -49,6 +49,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     struct vb_target target;
     struct target_file file;
     struct uring ring;
+    struct pool pool;
     bool by_uring;
     bool arm_kick;
     bool arm_wake;
@@ -77,6 +78,7 @@ static bool something_to_do(struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
     return vring_pending(&queue->ring) != 0 || (engine->by_uring && uring_has_news(&engine->ring)) ||
+           pool_has_news(&engine->pool) ||
            atomic_load_explicit(&queue->stopping, memory_order_relaxed) ||
            atomic_load_explicit(&queue->table_next, memory_order_relaxed) != queue->table;
 }
@@ -108,6 +110,8 @@ static uint64_t before_sleep(void)
 static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
 {
     atomic_fetch_add_explicit(&awake, 1, memory_order_relaxed);
+    if (engine->target.spin != VB_SPIN_AUTO)
+        return;
     if (now_ns() - slept_at > SPIN_MAX_NS)
         engine->spin_ns = 0;
     else if (engine->spin_ns == 0)
@@ -126,13 +130,14 @@ static uint32_t chunk(const struct vb_engine *engine)
     return half < CHUNK_LEAST ? CHUNK_LEAST : half > CHUNK_MOST ? CHUNK_MOST : half;
 }
 
-/* ---- storage that is done when the call returns ---- */
+/* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
 
+/* 0 or -errno; 1 = later. */
 static int run_sync(struct vb_engine *engine, struct vblk_req *req)
 {
     switch ((enum vb_target_kind)engine->target.kind) {
     case VB_TARGET_FILE:
-        return target_file_sync(&engine->file, req);
+        return engine->pool.is_open ? pool_start(&engine->pool, req) : target_file_sync(&engine->file, req);
     case VB_TARGET_MEMORY:
         return target_memory(&engine->target, req);
     case VB_TARGET_NULL:
@@ -143,6 +148,12 @@ static int run_sync(struct vb_engine *engine, struct vblk_req *req)
     return -EIO;
 }
 
+/* False: the thread may end. Asked again before every sleep: who stops it wakes it once. */
+static bool goes_on(const struct vb_queue *queue)
+{
+    return !atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue);
+}
+
 static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int result)
 {
     queue_finish(queue, req, vblk_status_of_errno(-result));
@@ -151,9 +162,14 @@ static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int resul
 static void serve_sync(struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
-    while (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) {
+    while (goes_on(queue)) {
         bool again = false;
-        if (queue_ready(queue)) {
+        struct vblk_req *next;
+        for (struct vblk_req *done = pool_done(&engine->pool); done != NULL; done = next) {
+            next = done->next;
+            finish_errno(queue, done, done->result);
+        }
+        if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
             uint32_t room = chunk(engine);
             vring_disable_kick(&queue->ring);
@@ -165,14 +181,18 @@ static void serve_sync(struct vb_engine *engine)
                     break;
                 if (req != NULL) {
                     bytes += req->length;
-                    finish_errno(queue, req, run_sync(engine, req));
+                    int result = run_sync(engine, req);
+                    if (result <= 0)
+                        finish_errno(queue, req, result);
                 }
             }
             queue_publish(queue);
             if (!again && queue->ring.fault == VRING_OK && !atomic_load(&queue->missing))
                 again = spin(engine) || vring_enable_kick(&queue->ring);
+        } else {
+            queue_publish(queue);
         }
-        if (!again) {
+        if (!again && goes_on(queue)) {
             struct epoll_event events[2];
             uint64_t slept_at = before_sleep();
             (void)epoll_wait(engine->epoll_fd, events, 2, -1);
@@ -287,7 +307,7 @@ static void serve_uring(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     engine->arm_kick = true;
     engine->arm_wake = true;
-    while (!atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue)) {
+    while (goes_on(queue)) {
         bool more = false;
         bool ready = (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue);
         if (ready) {
@@ -310,6 +330,7 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_kick = false;
         engine->arm_wake = false;
 
+        more |= !goes_on(queue);
         uint64_t slept_at = more ? 0 : before_sleep();
         int error = uring_enter(&engine->ring, more ? 0 : 1);
         if (!more)
@@ -351,7 +372,10 @@ static int open_epoll(struct vb_engine *engine)
 static int open_uring(struct vb_engine *engine)
 {
     unsigned cq = 2 * engine->queue->config.num;
-    int error = uring_open(&engine->ring, SQ_ENTRIES, cq < 256 ? 256 : cq);
+    enum uring_mode mode = engine->target.io_mode == VB_IO_URING_COOP    ? URING_COOP_TASKRUN
+                           : engine->target.io_mode == VB_IO_URING_PLAIN ? URING_PLAIN
+                                                                         : URING_DEFER_TASKRUN;
+    int error = uring_open(&engine->ring, SQ_ENTRIES, cq < 256 ? 256 : cq, mode);
     if (error == 0)
         error = uring_register_file(&engine->ring, engine->target.fd);
     if (error < 0)
@@ -370,7 +394,12 @@ static int choose_loop(struct vb_engine *engine)
             engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
             return 0;
         }
-        if (target->io_mode == VB_IO_URING)
+        if (target->io_mode != VB_IO_AUTO)
+            return error;
+    }
+    if (target->kind == VB_TARGET_FILE && !is_in_memory(target->fd)) {
+        int error = pool_open(&engine->pool, &engine->file, engine->queue);
+        if (error < 0)
             return error;
     }
     return open_epoll(engine);
@@ -397,6 +426,7 @@ static void *run(void *argument)
         uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
     } else {
         serve_sync(engine);
+        pool_close(&engine->pool);
     }
     atomic_fetch_sub(&awake, 1);
     return NULL;
@@ -404,6 +434,7 @@ static void *run(void *argument)
 
 static void engine_free(struct vb_engine *engine)
 {
+    pool_close(&engine->pool);
     uring_close(&engine->ring);
     if (engine->epoll_fd >= 0)
         close(engine->epoll_fd);
@@ -439,10 +470,13 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->queue = queue;
     engine->target = *target;
     target_file_open(&engine->file, target);
+    engine->spin_ns = target->spin == VB_SPIN_ALWAYS ? SPIN_MAX_NS : 0;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
     /* One CPU is for who sends the requests, unless there are CPUs that we may not use anyway. */
     engine->spinners = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
+    if (target->spin == VB_SPIN_ALWAYS)
+        engine->spinners = UINT32_MAX;
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);

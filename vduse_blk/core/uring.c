@@ -22,7 +22,7 @@ static int register_op(int fd, unsigned op, void *arg, unsigned count)
     return result < 0 ? -errno : (int)result;
 }
 
-int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries)
+int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enum uring_mode mode)
 {
     static const unsigned modes[] = {
         IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG, /* 6.1 */
@@ -34,7 +34,7 @@ int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries)
 
     memset(ring, 0, sizeof(*ring));
     ring->fd = -1;
-    for (unsigned i = 0; i < sizeof(modes) / sizeof(modes[0]) && fd == -EINVAL; i++) {
+    for (unsigned i = mode; i < sizeof(modes) / sizeof(modes[0]) && fd == -EINVAL; i++) {
         memset(&params, 0, sizeof(params));
         params.flags = modes[i] | IORING_SETUP_CQSIZE;
         params.cq_entries = cq_entries;
@@ -158,7 +158,7 @@ void uring_seen(struct uring *ring)
 int vb_uring_probe(void)
 {
     struct uring ring;
-    int error = uring_open(&ring, 4, 8);
+    int error = uring_open(&ring, 4, 8, URING_DEFER_TASKRUN);
     if (error != 0)
         return error;
     uring_close(&ring);

@@ -31,8 +31,10 @@ struct uring { /* owner: the thread that called uring_open */
     struct io_uring_cqe *cqes;
 };
 
-/* 0 or -errno. Tries the cheapest mode this kernel has (DEFER_TASKRUN, then COOP_TASKRUN, then plain). */
-int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries);
+/* Cheapest first. */
+enum uring_mode { URING_DEFER_TASKRUN = 0, URING_COOP_TASKRUN, URING_PLAIN };
+/* 0 or -errno. Takes the cheapest mode this kernel has, from `mode` on. */
+int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enum uring_mode mode);
 void uring_close(struct uring *ring);
 int uring_register_file(struct uring *ring, int fd);
 /* A zeroed SQE, or NULL when the SQ is full: submit first. */

@@ -9,18 +9,30 @@ from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.base import CoreQueue, DiskRules, QueueSetup
 from vduse_blk.queue.iova import IovaMap
 
-_IO_MODES = {"auto": lib.VB_IO_AUTO, "uring": lib.VB_IO_URING, "sync": lib.VB_IO_SYNC}
+_IO_MODES = {
+    "auto": lib.VB_IO_AUTO,
+    "uring": lib.VB_IO_URING,
+    "uring-coop": lib.VB_IO_URING_COOP,
+    "uring-plain": lib.VB_IO_URING_PLAIN,
+    "sync": lib.VB_IO_SYNC,
+}
+_SPINS = {"auto": lib.VB_SPIN_AUTO, "never": lib.VB_SPIN_NEVER, "always": lib.VB_SPIN_ALWAYS}
 
 
 class NativeQueue(CoreQueue):
     """``target`` None: every request is answered with an error.
 
-    ``io_mode``: "auto" takes io_uring where it is allowed and pays; "uring" and "sync" insist (tests).
+    ``io_mode``: "auto" takes io_uring where it is allowed and pays; the others insist, "uring-coop" and "uring-plain" on
+    what older kernels have of it. ``spin``: "auto" looks for work before it sleeps where that pays; "never" and "always"
+    insist. Only tests insist.
     """
 
-    def __init__(self, index: int, rules: DiskRules, target: NativeTarget | None, *, io_mode: str = "auto") -> None:
+    def __init__(
+        self, index: int, rules: DiskRules, target: NativeTarget | None, *, io_mode: str = "auto", spin: str = "auto"
+    ) -> None:
         super().__init__(index, rules)
         self._target = ffi.new("struct vb_target *")
+        self._target.spin = _SPINS[spin]
         match target:
             case FileTarget():
                 self._target.kind = lib.VB_TARGET_FILE
