@@ -192,7 +192,7 @@ static void prepare(struct load *load, const char *path)
         die("memory for the buffers", errno);
     for (size_t i = 0; i < bytes; i++) /* not all zeros: nobody may take a short cut */
         load->buffers[i] = (uint8_t)(i * 2654435761u >> 24 | 1);
-    int error = uring_open(&load->ring, load->depth, 2 * load->depth);
+    int error = uring_open(&load->ring, load->depth, 2 * load->depth, URING_DEFER_TASKRUN);
     if (error == 0)
         error = uring_register_file(&load->ring, load->fd);
     if (error < 0)
