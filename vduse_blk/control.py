@@ -412,6 +412,8 @@ class WorkerSpec:
     """Ways to present the disk, as ``vduse_blk.exports`` understands them."""
     timeout: float | None = None
     """Seconds after which whoever waits gives up; None: nobody does."""
+    filters: tuple[str, ...] = ()
+    """Layers over the storage, the lowest first, as ``vduse_blk.source.parse_filter`` understands them."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -434,6 +436,8 @@ class WorkerSpec:
             raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
         if not self.exports or not all(isinstance(export, str) and export for export in self.exports):
             raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
+        if not all(isinstance(text, str) and text for text in self.filters):
+            raise _unusable("filters", self.filters, "lists of filters")
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
@@ -462,8 +466,9 @@ class WorkerSpec:
         for key in ("name", "source"):
             if key not in decoded:
                 raise UserError(f"{key}: missing in the disk's specification", Exit.USAGE)
-        if isinstance(decoded.get("exports"), list):
-            decoded["exports"] = tuple(decoded["exports"])
+        for key in ("exports", "filters"):
+            if isinstance(decoded.get(key), list):
+                decoded[key] = tuple(decoded[key])
         return cls(**decoded)
 
 
@@ -481,6 +486,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "ready_fd": (int, True),
     "exports": (tuple, False),
     "timeout": (float, True),
+    "filters": (tuple, False),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -69,8 +69,9 @@ def open_source(
     block_size: int | None = None,
     size: int | None = None,
     serial: str | None = None,
+    filters: Sequence[str] = (),
 ) -> Stack:
-    """A stack over the storage, not opened yet.
+    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``).
 
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.
@@ -89,7 +90,17 @@ def open_source(
     if read_only and "read_only" in _names(kind):
         values["read_only"] = True
     backend = kind(make_options(spec.backend, kind.Options, values))
+    for text in filters:
+        name, options_of_filter = parse_filter(text)
+        backend = registry.filter(name)(backend, options_of_filter)
     return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only)
+
+
+def parse_filter(text: str) -> tuple[str, Any]:
+    """The name of a filter and its options, of ``NAME`` or ``NAME?OPTION=VALUE&…``. Raises UserError."""
+    name, _, query = text.partition("?")
+    options = registry.filter(name).Options
+    return name, make_options(name, options, parse_uri("filter", name, options, f"?{query}"))
 
 
 def _options_of(kind: str) -> type:

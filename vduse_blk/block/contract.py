@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import NativeTarget
 
 Segments = Sequence[memoryview]
@@ -139,15 +140,16 @@ class Backend(ABC):
         return None
 
     def is_temporary(self, error: OSError) -> bool:
-        """Whether the same request may succeed later."""
+        """Whether the same request may succeed later. Never asked about a ``PermanentError``."""
         return False
 
+    def let_go(self, leaving: bool) -> None:
+        """The disk is about to go, or (``leaving`` False) stays after all: meanwhile nothing may wait without a limit."""
+        return
 
-class PassthroughFilter(Backend):
-    """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
 
-    Never native: a request served in C would go past the filter.
-    """
+class Filter(Backend):
+    """A layer over ``below``. A module of ``vduse_blk.filters`` has one, made from one of the two below."""
 
     def __init__(self, below: Backend, options: Any) -> None:
         super().__init__(options)
@@ -155,6 +157,21 @@ class PassthroughFilter(Backend):
 
     def __str__(self) -> str:
         return str(self.below)
+
+    def change(self, options: Any) -> None:
+        """Take other options while the disk is in use. Raises UserError, with nothing changed, for what cannot be."""
+        raise UserError(f"filter: '{type(self).__module__.rpartition('.')[2]}' cannot be changed while the disk is in use")
+
+    def facts(self) -> dict[str, Any]:
+        """What ``info`` shows of it beyond its options; JSON types only."""
+        return {}
+
+
+class PassthroughFilter(Filter):
+    """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
+
+    Never native: a request served in C would go past the filter.
+    """
 
     async def open(self) -> BlockInfo:
         return await self.below.open()
@@ -189,20 +206,16 @@ class PassthroughFilter(Backend):
     def is_temporary(self, error: OSError) -> bool:
         return self.below.is_temporary(error)
 
+    def let_go(self, leaving: bool) -> None:
+        self.below.let_go(leaving)
 
-class TransformFilter(Backend):
+
+class TransformFilter(Filter):
     """A layer over ``below`` that changes what the bytes mean (cow, cache, crypt).
 
     Every operation stays abstract, those with a default in ``Backend`` too: when the contract grows, a transform that
     forgot the new operation cannot be instantiated, instead of corrupting data.
     """
-
-    def __init__(self, below: Backend, options: Any) -> None:
-        super().__init__(options)
-        self.below = below
-
-    def __str__(self) -> str:
-        return str(self.below)
 
     @abstractmethod
     async def abandon(self) -> None: ...
@@ -215,3 +228,6 @@ class TransformFilter(Backend):
 
     @abstractmethod
     def is_temporary(self, error: OSError) -> bool: ...
+
+    @abstractmethod
+    def let_go(self, leaving: bool) -> None: ...

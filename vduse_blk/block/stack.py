@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Filter, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import NativeTarget
 
@@ -81,6 +81,21 @@ class Stack:
     def info(self) -> BlockInfo:
         """The disk as it is now."""
         return self._info
+
+    @property
+    def filters(self) -> dict[str, Filter]:
+        """The layers over the storage, the lowest first, by what a user calls them: ``faults``, a second one ``faults2``."""
+        layers: list[Filter] = []
+        backend = self._backend
+        while isinstance(backend, Filter):
+            layers.append(backend)
+            backend = backend.below
+        result: dict[str, Filter] = {}
+        for layer in reversed(layers):
+            kind = type(layer).__module__.rpartition(".")[2]
+            number = sum(type(other) is type(layer) for other in result.values()) + 1
+            result[kind if number == 1 else f"{kind}{number}"] = layer
+        return result
 
     # ----------------------------------------------------------------------------------------------- lifetime
 

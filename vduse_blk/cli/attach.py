@@ -18,7 +18,7 @@ from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import BLOCK_SIZES, PATHS, ControlError, Exit, WorkerSpec
 from vduse_blk.exports import absolute_export
-from vduse_blk.source import absolute_source, parse_source
+from vduse_blk.source import absolute_source, parse_filter, parse_source
 
 _Command = Callable[..., Any]
 
@@ -58,6 +58,13 @@ def disk_options(command: _Command) -> _Command:
             default="auto",
             show_default=True,
             help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
+        ),
+        click.option(
+            "--filter",
+            "filters",
+            multiple=True,
+            metavar="FILTER",
+            help="A layer over the storage: NAME or NAME?OPTION=VALUE&…. May be given several times, the lowest first.",
         ),
         click.option(
             "--export",
@@ -125,10 +132,17 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
 
 
 def specification(
-    source: str, name: str | None, *, exports: tuple[str, ...] = ("vduse",), **options: Any
+    source: str,
+    name: str | None,
+    *,
+    exports: tuple[str, ...] = ("vduse",),
+    filters: tuple[str, ...] = (),
+    **options: Any,
 ) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
     parsed = parse_source(source)
+    for text in filters:
+        parse_filter(text)
     try:
         absolute, presented = absolute_source(source), tuple(absolute_export(export) for export in exports)
     except FileNotFoundError as e:
@@ -137,6 +151,7 @@ def specification(
         name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
         source=absolute,
         exports=presented,
+        filters=filters,
         **options,
     )
 

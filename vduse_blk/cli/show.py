@@ -86,6 +86,7 @@ def print_info(disk: control.DiskStatus) -> None:
     rows = [("name", disk.name), ("state", disk.state)]
     rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
     rows += [("export", f"{export['export']}") for export in know.get("exports", [])]
+    rows += [("filter", _filter_text(layer)) for layer in know.get("filters", [])]
     if know.get("frontend"):
         rows.append(("front-end", f"process {know['frontend']}"))
     if know.get("size") is not None:
@@ -109,6 +110,20 @@ def print_info(disk: control.DiskStatus) -> None:
     for label, value in rows:
         click.echo(f"{label.ljust(width)}  {output.printable(value)}")
     _print_counters(know.get("counters"), know.get("queues"))
+
+
+def _filter_text(layer: Mapping[str, Any]) -> str:
+    """'faults?error=EIO (seed 4, struck: read 3)'."""
+    facts = []
+    for key, value in layer.items():
+        if key in ("name", "options") or value in (None, {}, []):
+            continue
+        if isinstance(value, Mapping):
+            facts.append(f"{key}: {' '.join(f'{name} {count}' for name, count in value.items())}")
+        else:
+            facts.append(f"{key} {value}")
+    text = f"{layer['name']}?{layer['options']}" if layer.get("options") else str(layer.get("name"))
+    return f"{text} ({', '.join(facts)})" if facts else text
 
 
 def _queues_text(queues: list[Mapping[str, Any]]) -> str:

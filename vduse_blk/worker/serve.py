@@ -22,6 +22,7 @@ from typing import Any
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
+from vduse_blk.block.options import write_values
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
@@ -129,6 +130,7 @@ class Worker:
             block_size=spec.block_size,
             size=spec.size,
             serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
+            filters=spec.filters,
         )
         await stack.open()
         self._stack = stack
@@ -404,6 +406,10 @@ class Worker:
                 "block_size": info.logical_block_size,
                 "read_only": info.read_only,
                 "serial": info.serial,
+                "filters": [
+                    {"name": name, "options": write_values(layer.options), **layer.facts()}
+                    for name, layer in self._stack.filters.items()
+                ],
             }
         if self._exports:
             exporter = self._exports[0].exporter
