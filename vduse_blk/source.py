@@ -17,6 +17,7 @@ from vduse_blk import registry
 from vduse_blk.block.contract import Backend
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import make_options, parse_uri, parse_values, quote_place
+from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
 
 _URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9_+.-]*):(.*)", re.DOTALL)
@@ -70,8 +71,11 @@ def open_source(
     size: int | None = None,
     serial: str | None = None,
     filters: Sequence[str] = (),
+    on_error: str | None = None,
+    on_full: str = "fail",
 ) -> Stack:
-    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``).
+    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``). ``on_error``
+    and ``on_full`` are the failure policy, as users write it; None: the backend's default.
 
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.
@@ -93,7 +97,8 @@ def open_source(
     for text in filters:
         name, options_of_filter = parse_filter(text)
         backend = registry.filter(name)(backend, options_of_filter)
-    return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only)
+    policy = Policy.parse(kind.default_on_error if on_error is None else on_error, on_full)
+    return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only, policy=policy)
 
 
 def parse_filter(text: str) -> tuple[str, Any]:

@@ -246,7 +246,7 @@ class TestFaults:
 
         run(work())
 
-    @pytest.mark.parametrize(("name", "temporary"), [("EIO", True), ("ENOSPC", True), ("EINVAL", False), ("EROFS", False)])
+    @pytest.mark.parametrize(("name", "temporary"), [("EIO", True), ("ENOSPC", False), ("EINVAL", False), ("EROFS", False)])
     def test_its_errors_are_as_temporary_as_real_ones(self, name: str, temporary: bool) -> None:
         """Also over storage whose own errors never are."""
 

@@ -77,6 +77,8 @@ class BlockInfo:
 class Backend(ABC):
     """A leaf of storage, or a filter over one. ``str()`` of it is what messages call it."""
 
+    default_on_error: ClassVar[str] = "fail"
+    """What becomes of requests with temporary errors unless the user says otherwise; as ``--on-error`` has it."""
     Options: ClassVar[type]
     """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
 
@@ -158,9 +160,14 @@ class Filter(Backend):
     def __str__(self) -> str:
         return str(self.below)
 
+    @property
+    def kind(self) -> str:
+        """The filter's name."""
+        return type(self).__module__.rpartition(".")[2]
+
     def change(self, options: Any) -> None:
         """Take other options while the disk is in use. Raises UserError, with nothing changed, for what cannot be."""
-        raise UserError(f"filter: '{type(self).__module__.rpartition('.')[2]}' cannot be changed while the disk is in use")
+        raise UserError(f"filter: '{self.kind}' cannot be changed while the disk is in use")
 
     def facts(self) -> dict[str, Any]:
         """What ``info`` shows of it beyond its options; JSON types only."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 from vduse_blk.block.contract import Backend, BlockInfo, Filter, Segments, Support
-from vduse_blk.block.errors import UserError
+from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.native import NativeTarget
+from vduse_blk.block.policy import Patience, Policy
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -52,19 +54,27 @@ class Stack:
     """A backend (or the outermost filter over one) as a disk. Owned by one event loop.
 
     ``block_size`` is the logical block size of the disk, None: the storage's own; ``read_only`` refuses changes
-    whatever the storage allows; ``serial`` as in ``BlockInfo``, "": the storage's own.
+    whatever the storage allows; ``serial`` as in ``BlockInfo``, "": the storage's own; ``policy`` is where ``patience``
+    begins, None: every error is an answer.
 
     Requests raise OSError: EINVAL outside the disk or not aligned, EROFS, EOPNOTSUPP, and what the storage raises.
     """
 
     def __init__(
-        self, backend: Backend, *, block_size: int | None = None, serial: str = "", read_only: bool = False
+        self,
+        backend: Backend,
+        *,
+        block_size: int | None = None,
+        serial: str = "",
+        read_only: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         if len(serial) > _MAX_SERIAL or not all(" " <= c <= "~" for c in serial):
             raise UserError(f"serial: {serial!r} is not usable; accepted are up to 20 printable ASCII characters")
         if block_size is not None and (block_size < 512 or block_size & (block_size - 1)):
             raise UserError(f"block_size: {block_size} is not usable; accepted are powers of two from 512")
         self.counters = Counters()
+        self.patience = Patience(policy or Policy(), backend.__str__, backend.is_temporary)
         self._backend = backend
         self._block_size = block_size
         self._serial = serial
@@ -83,6 +93,14 @@ class Stack:
         return self._info
 
     @property
+    def default_on_error(self) -> str:
+        """What the storage itself has its users do about temporary errors, as they write it."""
+        leaf = self._backend
+        while isinstance(leaf, Filter):
+            leaf = leaf.below
+        return leaf.default_on_error
+
+    @property
     def filters(self) -> dict[str, Filter]:
         """The layers over the storage, the lowest first, by what a user calls them: ``faults``, a second one ``faults2``."""
         layers: list[Filter] = []
@@ -92,9 +110,8 @@ class Stack:
             backend = backend.below
         result: dict[str, Filter] = {}
         for layer in reversed(layers):
-            kind = type(layer).__module__.rpartition(".")[2]
-            number = sum(type(other) is type(layer) for other in result.values()) + 1
-            result[kind if number == 1 else f"{kind}{number}"] = layer
+            number = sum(other.kind == layer.kind for other in result.values()) + 1
+            result[layer.kind if number == 1 else f"{layer.kind}{number}"] = layer
         return result
 
     # ----------------------------------------------------------------------------------------------- lifetime
@@ -117,13 +134,20 @@ class Stack:
         """Flush nothing, let go of the storage. Nothing may be under way. Harmless if it is closed."""
         if self._open:
             self._open = False
+            self.patience.close()
             await self._guard("close", self._backend.close())
 
     async def abandon(self) -> None:
         """``close``, and remove a file that ``open`` created: the disk never came to be."""
         if self._open:
             self._open = False
+            self.patience.close()
             await self._guard("abandon", self._backend.abandon())
+
+    def let_go(self, leaving: bool) -> None:
+        """The disk is about to go, so requests that wait fail at once; or (``leaving`` False) it stays after all."""
+        self.patience.let_go(leaving)
+        self._backend.let_go(leaving)
 
     async def refresh(self) -> BlockInfo:
         """Look at the storage again: its size may have changed. Raises UserError if it cannot be a disk any more."""
@@ -193,7 +217,7 @@ class Stack:
             length = _length_of(into)
             self._check_range(offset, length)
             for at, segments in self._pieces(offset, length, into):
-                await self._guard("read", self._backend.read(at, segments))
+                await self._persist("read", partial(self._backend.read, at, segments))
         except OSError:
             self.counters.errors += 1
             raise
@@ -232,7 +256,7 @@ class Stack:
             if self._leaf.discard is Support.NONE:
                 raise OSError(errno.EOPNOTSUPP, f"{self} cannot discard")
             if length and self._leaf.discard is Support.NATIVE:
-                await self._guard("discard", self._backend.discard(offset, length))
+                await self._persist("discard", partial(self._backend.discard, offset, length))
         except OSError:
             self.counters.errors += 1
             raise
@@ -264,16 +288,17 @@ class Stack:
 
     async def _write(self, offset: int, length: int, data: Segments, native_fua: bool) -> None:
         for at, segments in self._pieces(offset, length, data):
-            await self._guard("write", self._backend.write(at, segments, fua=native_fua))
+            await self._persist("write", partial(self._backend.write, at, segments, fua=native_fua))
 
     async def _flush(self) -> None:
         if self._info.volatile_cache:
-            await self._guard("flush", self._backend.flush())
+            await self._persist("flush", self._backend.flush)
 
     async def _zeroed_by_backend(self, offset: int, length: int, unmap: bool, native_fua: bool) -> bool:
         """False: it turns out not to know how."""
         try:
-            await self._guard("write_zeroes", self._backend.write_zeroes(offset, length, unmap=unmap, fua=native_fua))
+            zero = partial(self._backend.write_zeroes, offset, length, unmap=unmap, fua=native_fua)
+            await self._persist("write_zeroes", zero)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -314,6 +339,22 @@ class Stack:
             return ((offset, segments),)
         return _cut(offset, limit, segments)
 
+    async def _persist(self, operation: str, work: Callable[[], Awaitable[None]]) -> None:
+        """``_guard``, again and again while the failure policy has it."""
+        try:
+            return await self._guard(operation, work())
+        except OSError as error:
+            if not self.patience.limit(error):
+                raise
+            failure = error
+        with self.patience.request(failure) as attempts:
+            while True:
+                await attempts.wait(failure)
+                try:
+                    return await self._guard(operation, work())
+                except OSError as error:
+                    failure = error
+
     async def _guard(self, operation: str, work: Awaitable[_T]) -> _T:
         """Let OSError pass, and UserError where a user waits for an answer; anything else is a bug of the backend and
         costs one request."""
@@ -328,7 +369,7 @@ class Stack:
             if kind not in self._bugs:
                 self._bugs.add(kind)
                 log.exception("bug in the storage %s: %s failed in a way it must not (said once)", self, operation)
-            raise OSError(errno.EIO, f"bug in {self}: {error!r}") from error
+            raise PermanentError(errno.EIO, f"bug in {self}: {error!r}") from error
 
 
 def _length_of(segments: Segments) -> int:

@@ -60,6 +60,18 @@ def disk_options(command: _Command) -> _Command:
             help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
         ),
         click.option(
+            "--on-error",
+            metavar="POLICY",
+            help="Requests with errors that may pass: fail, wait, or retry=DURATION.  [default: the storage's own]",
+        ),
+        click.option(
+            "--on-full",
+            default="fail",
+            show_default=True,
+            metavar="POLICY",
+            help="Requests for which the storage has no space: fail, or wait.",
+        ),
+        click.option(
             "--filter",
             "filters",
             multiple=True,
@@ -114,9 +126,9 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
     """Make a disk whose storage is SOURCE, and serve it in the foreground: for units and containers.
 
-    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM, SIGINT and SIGHUP
-    (unless ignored) remove the disk and end the server, unless the disk is in use. SOURCE and options are those
-    of attach; --json concerns only a failure to start.
+    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT
+    remove the disk and end the server, unless the disk is in use; SIGHUP reads /etc/vduse-blk/N.settings. SOURCE
+    and options are those of attach; --json concerns only a failure to start.
     """
     spec = specification(source, name, **options)
     launch.check_descriptors()

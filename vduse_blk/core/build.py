@@ -20,6 +20,7 @@ SOURCES = (
     "uring.c",
     "target_file.c",
     "target_memory.c",
+    "retry.c",
     "engine.c",
 )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vduse_blk.block.contract import Backend, BlockInfo, PassthroughFilter, Segments
-from vduse_blk.block.errors import FULL, TEMPORARY, UserError
+from vduse_blk.block.errors import TEMPORARY, UserError
 from vduse_blk.block.options import Count, Duration, Share, Size, about
 
 _OPERATIONS: Final = ("read", "write", "flush", "discard", "write_zeroes")
@@ -71,7 +71,7 @@ class FaultsFilter(PassthroughFilter):
 
     def is_temporary(self, error: OSError) -> bool:
         if isinstance(error, _InjectedError):
-            return error.errno in TEMPORARY | FULL
+            return error.errno in TEMPORARY
         return super().is_temporary(error)
 
     async def read(self, offset: int, into: Segments) -> None:

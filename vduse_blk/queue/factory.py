@@ -10,6 +10,7 @@ from vduse_blk.block.stack import Stack
 from vduse_blk.queue.base import DiskRules, Queue
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
+from vduse_blk.queue.policy import NativePolicy
 
 
 class QueueFactory:
@@ -32,6 +33,8 @@ class QueueFactory:
                 "accepted are 'auto' and 'plugin'",
                 exit_code=2,
             )
+        temporary = getattr(self._target, "temporary", frozenset())
+        self._policy = NativePolicy(stack.patience, temporary) if temporary else None
         self.path = "plugin" if self._target is None else "native"
         self.rules = DiskRules(
             info, max_discard=max_discard, max_write_zeroes=max_write_zeroes, max_ranges=max_ranges
@@ -42,5 +45,5 @@ class QueueFactory:
         if failing:
             return NativeQueue(index, self.rules, None)
         if self._target is not None:
-            return NativeQueue(index, self.rules, self._target)
+            return NativeQueue(index, self.rules, self._target, policy=self._policy)
         return PluginQueue(index, self.rules, self._stack, self._loop)

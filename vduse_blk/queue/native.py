@@ -8,6 +8,7 @@ from vduse_blk.block.native import FileTarget, MemoryTarget, NativeTarget, NullT
 from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.base import CoreQueue, DiskRules, QueueSetup
 from vduse_blk.queue.iova import IovaMap
+from vduse_blk.queue.policy import NativePolicy
 
 _IO_MODES = {"auto": lib.VB_IO_AUTO, "uring": lib.VB_IO_URING, "sync": lib.VB_IO_SYNC}
 
@@ -15,11 +16,23 @@ _IO_MODES = {"auto": lib.VB_IO_AUTO, "uring": lib.VB_IO_URING, "sync": lib.VB_IO
 class NativeQueue(CoreQueue):
     """``target`` None: every request is answered with an error.
 
+    ``policy`` None: every error is an answer.
     ``io_mode``: "auto" takes io_uring where it is allowed and pays; "uring" and "sync" insist (tests).
     """
 
-    def __init__(self, index: int, rules: DiskRules, target: NativeTarget | None, *, io_mode: str = "auto") -> None:
+    def __init__(
+        self,
+        index: int,
+        rules: DiskRules,
+        target: NativeTarget | None,
+        *,
+        io_mode: str = "auto",
+        policy: NativePolicy | None = None,
+    ) -> None:
         super().__init__(index, rules)
+        self._policy = policy
+        if policy is not None:
+            policy.add(self)
         self._target = ffi.new("struct vb_target *")
         match target:
             case FileTarget():
@@ -39,7 +52,7 @@ class NativeQueue(CoreQueue):
                 self._target.kind = lib.VB_TARGET_NONE
 
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
-        self._create(setup, iova)
+        self._create(setup, iova, ffi.NULL if self._policy is None else self._policy.c)
         error = lib.vb_engine_start(self._c, self._target)
         if error < 0:
             self._destroy()

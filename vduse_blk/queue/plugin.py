@@ -122,7 +122,8 @@ class PluginQueue(CoreQueue):
         self._popping = False
         assert self._kick is not None
         self._loop.remove_reader(self._kick)
-        await self._drained.wait()
+        with self._stack.patience.hurry():
+            await self._drained.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
