@@ -74,8 +74,8 @@ def open_source(
     on_error: str | None = None,
     on_full: str = "fail",
 ) -> Stack:
-    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``). ``on_error``
-    and ``on_full`` are the failure policy, as users write it; None: the backend's default.
+    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``).
+    ``on_error`` and ``on_full`` are the failure policy, as users write it; None: the backend's default.
 
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.

@@ -1,7 +1,7 @@
 """The failure policy where C serves the disk: requests wait in the queue thread, and end when they must.
 
-Storage that fails and recovers without privileges: a file that is cut under the disk. Reads behind its end are EIO until it is
-extended again. For lack of space: /dev/full.
+Storage that fails and recovers without privileges: a file that is cut under the disk. Reads behind its end are EIO until it
+is extended again. For lack of space: /dev/full.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-
 from disks import BY_NAME, SIZE, Disk
+
 from vduse_blk.block.contract import BlockInfo, Support
 from vduse_blk.block.native import FileTarget
 from vduse_blk.block.policy import Policy
-from vduse_blk.queue import NativePolicy, NativeQueue
-from vduse_blk.queue.base import CoreQueue
+from vduse_blk.queue import NativeQueue
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Request
 from vduse_blk.testing.recorder import Recorder
 
@@ -30,17 +29,6 @@ WAYS = ["native-file-uring", "native-file-sync", "native-tmpfs"]
 
 class Patient(Disk):
     """A native disk with a failure policy."""
-
-    def make_queue(self) -> CoreQueue:
-        target = self.stack.native_target()
-        assert isinstance(target, FileTarget)
-
-        async def make() -> NativePolicy:
-            return NativePolicy(self.stack.patience, target.temporary)
-
-        if not hasattr(self, "policy"):
-            self.policy = self.loop.run(make())
-        return NativeQueue(0, self.rules, target, io_mode=self.kind.io_mode, policy=self.policy)
 
     def set(self, policy: Policy) -> None:
         async def change() -> None:
@@ -142,8 +130,8 @@ class TestWaiting:
 class TestEnding:
     @pytest.mark.parametrize("how", ["policy", "let go", "stop", "drain", "shorter"])
     def test_what_waits_fails_at_once(self, disk: Patient, how: str) -> None:
-        """By another policy, because the disk goes, because the queue stops, because its memory is taken away; not at the next
-        attempt."""
+        """By another policy, because the disk goes, because the queue stops, because its memory is taken away; not at the
+        next attempt."""
         disk.cut()
         requests = disk.reads(8)
         disk.until_waiting(8)

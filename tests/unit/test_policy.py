@@ -217,7 +217,7 @@ class TestRequests:
 class TestLive:
     @pytest.mark.parametrize("how", ["change", "let go", "hurry"])
     def test_what_waits_ends_at_once(self, how: str) -> None:
-        """By another policy, because the disk goes, because a queue stops: errors within a moment, not at the next attempt."""
+        """By another policy, because the disk goes, because a queue stops: errors at once, not at the next attempt."""
 
         async def work() -> None:
             below = Away(errno.EIO)
@@ -301,9 +301,10 @@ class TestLog:
         run(work())
         said = [record.getMessage() for record in caplog.records]
         assert 4 <= len(said) <= 6, said
-        assert said[0].startswith("test_policy: 1 requests wait for it, for 0.0 seconds by now: Stale file handle (on-error")
-        assert said[1].startswith("test_policy: 3 requests wait for it, for 0.2 seconds by now: ")
-        assert said[2].startswith("test_policy: 3 requests wait for it, for 0.4 seconds by now: ")
+        assert said[0].startswith("test_policy: requests wait for it: 1, for 0.0 seconds by now; ")
+        assert said[0].endswith("the last error: Stale file handle (on-error wait, on-full fail)")
+        assert said[1].startswith("test_policy: requests wait for it: 3, for 0.2 seconds by now; ")
+        assert said[2].startswith("test_policy: requests wait for it: 3, for 0.4 seconds by now; ")
         assert said[-1].startswith("test_policy: no request waits for it any more, after 0.")
 
     def test_storage_that_comes_and_goes_fills_no_log(self, caplog: pytest.LogCaptureFixture) -> None:

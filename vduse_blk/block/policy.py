@@ -2,8 +2,8 @@
 
 ``Policy`` is what the user chose, ``Patience`` applies it: to the requests of a stack itself, and to whoever serves the disk
 past it (C queues), which read the same two numbers. A request waits from its first such error until it succeeds, fails with
-another error, or has waited as long as the policy has it; meanwhile it is tried again and again. Requests wait each by itself:
-the order of overlapping ones is open, and a flush covers what was completed before it, not what still waits.
+another error, or has waited as long as the policy has it; meanwhile it is tried again and again. Requests wait each by
+itself: the order of overlapping ones is open, and a flush covers what was completed before it, not what still waits.
 
 While something waits the log says so: when it begins, once a minute, and when it ends, and never more than one wait in
 a minute. Owned by one event loop; times are those of ``time.monotonic``.
@@ -94,7 +94,7 @@ class Reader(Protocol):
 
 
 class Patience:
-    """The policy of one disk, applied. ``name`` is what the log calls the storage, ``is_temporary`` the storage's own answer."""
+    """The policy of one disk, applied. ``name`` is what the log calls the storage, ``is_temporary`` its own answer."""
 
     def __init__(self, policy: Policy, name: Callable[[], str], is_temporary: Callable[[OSError], bool]) -> None:
         self.policy = policy
@@ -134,8 +134,8 @@ class Patience:
             self._announce()
 
     def join(self, reader: Reader) -> int:
-        """From now on ``reader`` is told of changes and asked what waits; it signals the eventfd returned when that begins or
-        ends. Call on the loop, with the disk open."""
+        """From now on ``reader`` is told of changes and asked what waits; it signals the eventfd returned when that begins
+        or ends. Call on the loop, with the disk open."""
         if self._event_fd < 0:
             self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             asyncio.get_running_loop().add_reader(self._event_fd, self._on_event)
@@ -232,7 +232,7 @@ class Patience:
         if reminding or (self._said is None and now - self._said_at >= _REMINDER):
             self._said, self._said_at = waiting, now
             log.warning(
-                "%s: %d requests wait for it, for %.1f seconds by now: %s (on-error %s, on-full %s)",
+                "%s: requests wait for it: %d, for %.1f seconds by now; the last error: %s (on-error %s, on-full %s)",
                 self._name(),
                 waiting.requests,
                 now - waiting.since,
@@ -257,6 +257,7 @@ class Attempts:
 
     async def wait(self, error: OSError) -> None:
         """Returns when the request should be tried again. Raises ``error``, its last, when it has waited enough."""
+        # Not all at the same moment.
         due = time.monotonic() + self._pause * random.uniform(0.75, 1.25)
         self._pause = min(2 * self._pause, _MOST)
         while True:

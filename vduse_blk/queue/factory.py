@@ -6,6 +6,7 @@ import asyncio
 
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.native import FileTarget
 from vduse_blk.block.stack import Stack
 from vduse_blk.queue.base import DiskRules, Queue
 from vduse_blk.queue.native import NativeQueue
@@ -33,8 +34,9 @@ class QueueFactory:
                 "accepted are 'auto' and 'plugin'",
                 exit_code=2,
             )
-        temporary = getattr(self._target, "temporary", frozenset())
-        self._policy = NativePolicy(stack.patience, temporary) if temporary else None
+        # Memory and null have no errors.
+        temporary = self._target.temporary if isinstance(self._target, FileTarget) else None
+        self._policy = None if temporary is None else NativePolicy(stack.patience, temporary)
         self.path = "plugin" if self._target is None else "native"
         self.rules = DiskRules(
             info, max_discard=max_discard, max_write_zeroes=max_write_zeroes, max_ranges=max_ranges

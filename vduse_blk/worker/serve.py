@@ -136,6 +136,7 @@ class Worker:
         )
         await stack.open()
         self._stack = stack
+        self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
         for text, export in zip(spec.exports, wanted, strict=True):
             exporter = export.exporter(

@@ -48,9 +48,8 @@ def change(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> WorkerS
     if policy != stack.patience.policy:
         stack.patience.change(policy)
     texts = []
-    for layer in filters.values():
-        query = write_values(layer.options)
-        texts.append(f"{layer.kind}?{query}" if query else layer.kind)
+    for kind, query in ((filter.kind, write_values(filter.options)) for filter in filters.values()):
+        texts.append(f"{kind}?{query}" if query else kind)
     return dataclasses.replace(changed, filters=tuple(texts))
 
 
