@@ -2,9 +2,9 @@
 
 A *history* has two halves on one clock. The storage's: writes, with the moment each began and ended, and flushes. The
 driver's: requests, with the moment each was offered and its answer seen. After a cut the storage holds, of every block, the
-content of some write that it had begun, but none older than the newest that was durable: forced, or ended before a flush began
-that had ended. The driver was promised: of every block the content of some write that it had offered, but none older than the
-newest whose durability was acknowledged. Each image the storage may hold must keep the promise.
+content of some write that it had begun, but none older than the newest that was durable: forced, or ended before a flush
+began that had ended. The driver was promised: of every block the content of some write that it had offered, but none older
+than the newest whose durability was acknowledged. Each image the storage may hold must keep the promise.
 
 No two writes to one block are under way at once, as with every file system: so a block's writes have an order.
 
@@ -103,7 +103,7 @@ def check(storage: Half, driver: Half, cuts: int, seed: int) -> int:
             if ANYTHING in must[block] or found == ANYTHING:
                 continue
             assert found in must[block], (
-                f"cut {number} (seed {seed}) at {cut}: block {block} holds {found}, {pick} of what the storage may have kept,"
+                f"cut {number} (seed {seed}) at {cut}: block {block} holds {found}, {pick} of what may be left,"
                 f" and the driver was promised one of {must[block]}"
             )
     return open_blocks

@@ -1,4 +1,4 @@
-"""No acknowledged flush or durable write is lost, wherever the power is cut: on both paths, with errors that are waited for."""
+"""No acknowledged flush or durable write is lost, wherever the power is cut: on both paths, with errors that wait."""
 
 from __future__ import annotations
 

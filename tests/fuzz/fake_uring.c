@@ -1,7 +1,7 @@
 /*
  * io_uring as an adversary plays it, in place of uring.c: requests are done one after another in any order, later than they
- * could be, in parts, and sometimes not at all (-EIO); and every one is written down with the moments at which it began and ended.
- * For the durability checker (tests/device/durability.py).
+ * could be, in parts, and sometimes not at all; and every one is written down with the moments at which it began and
+ * ended. For the durability checker (tests/device/durability.py).
  *
  *     VDUSE_BLK_TEST_LOG   file to append to: "OP OFFSET LENGTH FUA BEGAN ENDED VALUE..." with times of CLOCK_MONOTONIC in ns, and
  *                          for writes the first eight bytes of every BLOCK
@@ -164,8 +164,8 @@ static int write_some(struct fake *fake, const struct op *op, const struct iovec
         memcpy(data + length, pieces[i].iov_base, pieces[i].iov_len);
         length += pieces[i].iov_len;
     }
-    if (below(fake, 30) == 0)
-        return -EIO;
+    if (below(fake, 30) == 0) /* EIO of a durable write tells of lost data, which ends it */
+        return op->sqe.rw_flags & RWF_DSYNC ? -ENOMEM : -EIO;
     if (length > BLOCK && below(fake, 8) == 0)
         length = (1 + below(fake, length / BLOCK)) * BLOCK;
     if (pwrite(fake->fd, data, length, (off_t)op->sqe.off) != (ssize_t)length)
