@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vduse_blk.block import policy as policy_module
+from vduse_blk.block import patience as patience_module
 from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
@@ -286,7 +286,7 @@ class TestLog:
     def test_a_wait_is_said_when_it_begins_now_and_then_and_when_it_ends(
         self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(policy_module, "_REMINDER", 0.2)
+        monkeypatch.setattr(patience_module, "_REMINDER", 0.2)
         caplog.set_level(logging.INFO)
 
         async def work() -> None:

@@ -18,7 +18,8 @@ from typing import Final, TypeVar
 from vduse_blk.block.contract import Backend, BlockInfo, Filter, Segments, Support
 from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.native import NativeTarget
-from vduse_blk.block.policy import Patience, Policy
+from vduse_blk.block.patience import Patience
+from vduse_blk.block.policy import Policy
 
 log = logging.getLogger("vduse_blk.disk")
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from vduse_blk.block.errors import FULL
-from vduse_blk.block.policy import Patience, Waiting
+from vduse_blk.block.patience import Patience
+from vduse_blk.block.policy import Waiting
 from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.base import CoreQueue
 
