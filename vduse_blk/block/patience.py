@@ -1,9 +1,9 @@
 """What becomes of a request when its storage fails with an error that may pass.
 
-``policy.Policy`` is what the user chose, ``Patience`` applies it: to the requests of a stack itself, and to whoever serves the disk
-past it (C queues), which read the same two numbers. A request waits from its first such error until it succeeds, fails with
-another error, or has waited as long as the policy has it; meanwhile it is tried again and again. Requests wait each by
-itself: the order of overlapping ones is open, and a flush covers what was completed before it, not what still waits.
+``policy.Policy`` is what the user chose, ``Patience`` applies it: to the requests of a stack itself, and to whoever serves
+the disk past it (C queues), which read the same two numbers. A request waits from its first such error until it succeeds,
+fails with another error, or has waited as long as the policy has it; meanwhile it is tried again and again. Requests wait
+each by itself: the order of overlapping ones is open, and a flush covers what was completed before it, not what still waits.
 
 While something waits the log says so: when it begins, once a minute, and when it ends, and never more than one wait in
 a minute. Owned by one event loop; times are those of ``time.monotonic``.
