@@ -29,7 +29,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
@@ -37,11 +37,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.policy import Policy
 
 RUN_ENV: Final = "VDUSE_BLK_RUN"
 """Environment variable that moves ``/run/vduse-blk`` elsewhere (tests, unprivileged experiments)."""
 
 DEFAULT_RUN_ROOT: Final = "/run/vduse-blk"
+SETTINGS_ENV: Final = "VDUSE_BLK_ETC"
+"""Environment variable that moves ``/etc/vduse-blk`` elsewhere."""
+DEFAULT_SETTINGS_ROOT: Final = "/etc/vduse-blk"
 MAX_MESSAGE: Final = 1 << 20
 """Longest message in bytes, newline included. ``info`` of 64 queues is about 20 KiB."""
 
@@ -130,6 +134,38 @@ class DiskPaths:
                 Exit.USAGE,
             )
         return cls(directory, directory / "state.json", directory / "log", control)
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, str]:
+    """``KEY=VALUE`` each, as ``vduse-blk set`` and a settings file have them. Raises ``UserError`` (exit 2)."""
+    result: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"{item}: is no setting; accepted is KEY=VALUE", Exit.USAGE)
+        if key in result:
+            raise UserError(f"{key}: given twice; leave one out", Exit.USAGE)
+        result[key] = value
+    return result
+
+
+def settings_file(name: str) -> Path:
+    """Where an administrator may keep settings of a disk, for its server to read on SIGHUP."""
+    return Path(os.environ.get(SETTINGS_ENV) or DEFAULT_SETTINGS_ROOT, f"{check_name(name)}.settings")
+
+
+def read_settings(name: str) -> dict[str, str]:
+    """Of ``settings_file``: lines ``KEY=VALUE``, empty ones, and ``#`` comments. Empty if there is no such file. Raises
+    ``UserError`` (exit 2) and ``OSError``."""
+    try:
+        with settings_file(name).open(encoding="utf-8") as file:
+            text = file.read(MAX_MESSAGE)
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as e:
+        raise UserError(f"{settings_file(name)} is not UTF-8", Exit.USAGE) from e
+    lines = (line.strip() for line in text.splitlines())
+    return parse_settings(line for line in lines if line and not line.startswith("#"))
 
 
 def disk_names() -> list[str]:
@@ -412,6 +448,12 @@ class WorkerSpec:
     """Ways to present the disk, as ``vduse_blk.exports`` understands them."""
     timeout: float | None = None
     """Seconds after which whoever waits gives up; None: nobody does."""
+    on_error: str | None = None
+    """What becomes of requests with temporary errors, as ``vduse_blk.block.policy`` has it; None: the storage's default."""
+    on_full: str = "fail"
+    """The same for lack of space."""
+    filters: tuple[str, ...] = ()
+    """Layers over the storage, the lowest first, as ``vduse_blk.source.parse_filter`` understands them."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -434,6 +476,9 @@ class WorkerSpec:
             raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
         if not self.exports or not all(isinstance(export, str) and export for export in self.exports):
             raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
+        if not all(isinstance(text, str) and text for text in self.filters):
+            raise _unusable("filters", self.filters, "lists of filters")
+        Policy.parse("fail" if self.on_error is None else self.on_error, self.on_full)
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
@@ -462,8 +507,9 @@ class WorkerSpec:
         for key in ("name", "source"):
             if key not in decoded:
                 raise UserError(f"{key}: missing in the disk's specification", Exit.USAGE)
-        if isinstance(decoded.get("exports"), list):
-            decoded["exports"] = tuple(decoded["exports"])
+        for key in ("exports", "filters"):
+            if isinstance(decoded.get(key), list):
+                decoded[key] = tuple(decoded[key])
         return cls(**decoded)
 
 
@@ -481,6 +527,9 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "ready_fd": (int, True),
     "exports": (tuple, False),
     "timeout": (float, True),
+    "on_error": (str, True),
+    "on_full": (str, False),
+    "filters": (tuple, False),
 }
 
 

@@ -22,7 +22,7 @@ from vduse_blk.block.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vduse_blk.block.contract import Backend
+    from vduse_blk.block.contract import Backend, Filter
     from vduse_blk.exporter import Exporter
 
 Kind = Literal["backend", "filter", "exporter"]
@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 _PLACES: Final[dict[Kind, _Place]] = {
     "backend": _Place("vduse_blk.backends", "", ("vduse_blk.block.contract", "Backend")),
-    "filter": _Place("vduse_blk.filters", "", ("vduse_blk.block.contract", "Backend")),
+    "filter": _Place("vduse_blk.filters", "", ("vduse_blk.block.contract", "Filter")),
     "exporter": _Place("vduse_blk.exporters", ".export", ("vduse_blk.exporter", "Exporter")),
 }
 
@@ -59,9 +59,9 @@ def backend(name: str) -> type[Backend]:
     return cast("type[Backend]", _load("backend", name))
 
 
-def filter(name: str) -> type[Backend]:
+def filter(name: str) -> type[Filter]:
     """The class of a filter. Raises UserError naming those there are."""
-    return cast("type[Backend]", _load("filter", name))
+    return cast("type[Filter]", _load("filter", name))
 
 
 def exporter(name: str) -> type[Exporter]:

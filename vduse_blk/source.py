@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from vduse_blk import registry
 from vduse_blk.block.contract import Backend
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import make_options, parse_uri, parse_values, quote_place
+from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
 
 _URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9_+.-]*):(.*)", re.DOTALL)
@@ -69,8 +70,12 @@ def open_source(
     block_size: int | None = None,
     size: int | None = None,
     serial: str | None = None,
+    filters: Sequence[str] = (),
+    on_error: str | None = None,
+    on_full: str = "fail",
 ) -> Stack:
-    """A stack over the storage, not opened yet.
+    """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``).
+    ``on_error`` and ``on_full`` are the failure policy, as users write it; None: the backend's default.
 
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.
@@ -89,7 +94,18 @@ def open_source(
     if read_only and "read_only" in _names(kind):
         values["read_only"] = True
     backend = kind(make_options(spec.backend, kind.Options, values))
-    return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only)
+    for text in filters:
+        name, options_of_filter = parse_filter(text)
+        backend = registry.filter(name)(backend, options_of_filter)
+    policy = Policy.parse(kind.default_on_error if on_error is None else on_error, on_full)
+    return Stack(backend, block_size=block_size, serial=serial or "", read_only=read_only, policy=policy)
+
+
+def parse_filter(text: str) -> tuple[str, Any]:
+    """The name of a filter and its options, of ``NAME`` or ``NAME?OPTION=VALUE&…``. Raises UserError."""
+    name, _, query = text.partition("?")
+    options = registry.filter(name).Options
+    return name, make_options(name, options, parse_uri("filter", name, options, f"?{query}"))
 
 
 def _options_of(kind: str) -> type:

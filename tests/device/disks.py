@@ -23,9 +23,10 @@ import pytest
 from vduse_blk import registry
 from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.block.contract import Backend
+from vduse_blk.block.native import FileTarget
 from vduse_blk.block.stack import Stack
 from vduse_blk.block.threads import Threads
-from vduse_blk.queue import DiskRules, IovaMap, NativeQueue, PluginQueue, QueueView
+from vduse_blk.queue import DiskRules, IovaMap, NativePolicy, NativeQueue, PluginQueue, QueueView
 from vduse_blk.queue.base import CoreQueue
 from vduse_blk.testing.driver import FakeDriver
 from vduse_blk.virtio import VirtioBlkDevice
@@ -162,6 +163,7 @@ class Disk:
         backend: Backend | None = None,
         start: bool = True,
         setup: dict[str, Any] | None = None,
+        stack: type[Stack] = Stack,
         **stack_options: Any,
     ) -> None:
         """``backend`` replaces the one of ``kind``; ``setup`` changes the QueueSetup."""
@@ -172,7 +174,7 @@ class Disk:
         try:
             self.loop = Loop()
             self._undo.append(self.loop.close)
-            self.stack = Stack(backend or self._backend(), **stack_options)
+            self.stack = stack(backend or self._backend(), **stack_options)
             info = self.loop.run(self.stack.open())
             self._undo.append(lambda: self.loop.run(self.stack.close()))
             limits = VirtioBlkDevice(info, num_queues=1, queue_size=num, transport=0).limits
@@ -182,6 +184,7 @@ class Disk:
                 max_write_zeroes=limits.max_write_zeroes,
                 max_ranges=limits.max_ranges,
             )
+            self.policy = self.loop.run(self._native_policy())
             self.driver = FakeDriver(num, event_idx=event_idx, indirect=indirect, memory=memory)
             self._undo.append(self.driver.close)
             self.iova = IovaMap()
@@ -218,7 +221,13 @@ class Disk:
             return PluginQueue(0, self.rules, self.stack, self.loop.loop)
         target = self.stack.native_target()
         assert target is not None
-        return NativeQueue(0, self.rules, target, io_mode=self.kind.io_mode, spin=self.kind.spin)
+        return NativeQueue(
+            0, self.rules, target, io_mode=self.kind.io_mode, spin=self.kind.spin, policy=self.policy
+        )
+
+    async def _native_policy(self) -> NativePolicy | None:
+        target = self.stack.native_target() if self.kind.native else None
+        return NativePolicy(self.stack.patience, target.temporary) if isinstance(target, FileTarget) else None
 
     def start(self, **changes: Any) -> None:
         """Start the queue, or start it again."""

@@ -109,6 +109,8 @@ def main() -> None:
                 elif request["op"] == "resize":
                     info["size"] = request["size"]
                     connection.sendall(control.ok_reply(size=request["size"]))
+                elif request["op"] == "set":
+                    connection.sendall(control.ok_reply(policy={"on_error": "wait"}, filters=[], given=request["values"]))
                 elif request["op"] == "info":
                     connection.sendall(control.ok_reply(**info))
                 else:

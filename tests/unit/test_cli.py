@@ -614,6 +614,34 @@ class TestResize:
         assert str(host.run_dir / "a" / "log") in done.stderr
 
 
+class TestSet:
+    def test_values_go_to_the_server_and_its_answer_is_reported(self, host: Host) -> None:
+        host.run("attach", "memory:1G", "--name", "a")
+        code, report = host.json("set", "a", "on-error=retry=5s", "faults.error=")
+        assert (code, report) == (0, {"ok": True, "name": "a", "policy": {"on_error": "wait"}, "filters": []})
+        assert "disk 'a' has on-error=wait" in host.run("set", "a", "on-error=wait").stderr
+
+    @pytest.mark.parametrize(
+        ("values", "sentence"),
+        [(["on-error"], "on-error: is no setting; accepted is KEY=VALUE"), (["a=1", "a=2"], "given twice"), ([], "Missing")],
+    )
+    def test_what_is_no_setting_is_refused(self, host: Host, values: list[str], sentence: str) -> None:
+        done = host.run("set", "a", *values)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+
+    def test_bad_policies_and_filters_are_refused_before_anything_is_made(self, host: Host) -> None:
+        for arguments, sentence in (
+            (("--on-error", "never"), "on-error: 'never' is not usable; accepted are fail, wait, retry=DURATION (retry=5s)"),
+            (("--on-full", "retry=5s"), "on-full: 'retry=5s' is not usable; accepted are fail, wait"),
+            (("--filter", "nope"), "filter: 'nope' does not exist; accepted are faults"),
+        ):
+            done = host.run("attach", "memory:1G", *arguments)
+            assert done.returncode == 2
+            assert sentence in done.stderr
+        assert list(host.run_dir.iterdir()) == []
+
+
 def test_doctor_exit_status_agrees_with_its_findings(host: Host) -> None:
     """doctor ends with 0 if no finding says 'fail', else with 6, and everything but 'ok' has a remedy."""
     code, report = host.json("doctor")

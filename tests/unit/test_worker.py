@@ -135,33 +135,104 @@ def test_why_a_start_failed_is_not_lost_in_undoing_it(start: Start, run_dir: Pat
 
 
 class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_detaches(self, number: signal.Signals, start: Start, run_dir: Path) -> None:
-        """A closed terminal, too: the disk is not left without a server."""
         server = start(prepare=heeding(number))
         server.until("serving")
         server.process.send_signal(number)
         assert server.process.wait(30) == 0
         assert list(run_dir.iterdir()) == []
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    def test_a_disk_that_stays_is_served_on(self, number: signal.Signals, start: Start) -> None:
-        server = start(prepare=heeding(number), FAKE_STOPS="1")
+    def test_a_disk_that_stays_is_served_on(self, start: Start) -> None:
+        server = start(prepare=heeding(signal.SIGTERM), FAKE_STOPS="1")
         server.until("serving")
-        server.process.send_signal(number)
+        server.process.send_signal(signal.SIGTERM)
         while "still serving" not in server.log:
             time.sleep(0.01)
         server.call("detach")
         assert server.process.wait(30) == 0
 
-    def test_nohup_is_respected(self, start: Start) -> None:
-        """A hang-up that whoever started the server wants ignored is ignored."""
-        server = start(prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    def test_a_hangup_reads_the_settings_again(self, start: Start, tmp_path: Path) -> None:
+        """Those of the file win over the command line at the start, too; a closed terminal leaves the disk alone; a file
+        with one wrong line changes nothing and is said."""
+        file = tmp_path / "d.settings"
+        file.write_text("# ours\n\non-error=retry=30s\n")
+        server = start(VDUSE_BLK_ETC=str(tmp_path), on_error="wait", filters=["faults?count=4"])
         server.until("serving")
+
+        def settings() -> tuple[str, str, str]:
+            info = server.call("info")
+            return info["policy"]["on_error"], info["policy"]["on_full"], info["filters"][0]["options"]
+
+        def hang_up(text: str, said: str) -> None:
+            file.write_text(text)
+            server.process.send_signal(signal.SIGHUP)
+            while said not in server.log:
+                assert server.process.poll() is None, server.log
+                time.sleep(0.01)
+
+        assert settings() == ("retry=30s", "fail", "count=4")
+        hang_up("on-full=wait\nfaults.error=EIO\n", "has settings on-full=wait faults.error=EIO")
+        assert settings() == ("retry=30s", "wait", "count=4&error=EIO")
+        hang_up("on-error=fail\nfaults.error=oops\n", "are as before: error: 'oops' is no error")
+        assert settings() == ("retry=30s", "wait", "count=4&error=EIO")
+        file.unlink()
         server.process.send_signal(signal.SIGHUP)
-        assert server.call("ping")["phase"] == "serving"
-        time.sleep(0.2)
-        assert server.call("ping")["phase"] == "serving"
+        while "SIGHUP: no settings in" not in server.log:
+            time.sleep(0.01)
+        assert settings() == ("retry=30s", "wait", "count=4&error=EIO")
+
+    def test_a_wrong_settings_file_is_why_there_is_no_disk(self, start: Start, run_dir: Path, tmp_path: Path) -> None:
+        (tmp_path / "d.settings").write_text("on-error=sometimes\n")
+        server = start(VDUSE_BLK_ETC=str(tmp_path))
+        assert server.process.wait(30) == Exit.USAGE
+        assert "on-error: 'sometimes' is not usable; accepted are fail, wait, retry=DURATION" in server.log
+        assert list(run_dir.iterdir()) == []
+
+
+class TestSet:
+    def test_settings_change_at_once_and_outlive_the_server(self, start: Start) -> None:
+        """What is set is what info shows, and what the state tells a successor; an empty value is the default."""
+        server = start(filters=["faults?count=4&on=read", "faults"])
+        server.until("serving")
+        values = {"on-error": "wait", "faults.error": "EIO", "faults.on": "", "faults2.delay": "5ms"}
+        reply = server.call("set", values=values)
+        assert reply["policy"] == {"on_error": "wait", "on_full": "fail"}
+        assert [(layer["name"], layer["options"]) for layer in reply["filters"]] == [
+            ("faults", "count=4&error=EIO"),
+            ("faults2", "delay=0.005"),
+        ]
+        assert server.call("info")["policy"]["on_error"] == "wait"
+        spec = control.WorkerSpec.from_json(json.dumps(control.read_state("d")["spec"]))
+        assert (spec.on_error, list(spec.filters)) == ("wait", ["faults?count=4&error=EIO", "faults?delay=0.005"])
+        server.call("set", values={"on-error": "", "faults.error": ""})
+        info = server.call("info")
+        assert info["policy"]["on_error"] == "fail"
+        assert info["filters"][0]["options"] == "count=4"
+
+    @pytest.mark.parametrize(
+        ("values", "sentence"),
+        [
+            ({"on-error": "maybe"}, "on-error: 'maybe' is not usable; accepted are fail, wait, retry=DURATION"),
+            ({"size": "1G"}, "size: cannot be set while the disk is in use; accepted are on-error, on-full, faults.OPTION"),
+            ({"throttle.iops": "5"}, "throttle.iops: cannot be set"),
+            ({"faults.speed": "5"}, "speed: 'faults' has no such option; accepted are count, delay"),
+            ({"faults.speed": ""}, "speed: 'faults' has no such option"),
+            ({"faults.on": "fly"}, "on: 'fly' is no operation"),
+            (None, "values: None is not usable"),
+            ({"on-error": 5}, "is not usable; accepted is an object of texts"),
+        ],
+    )
+    def test_all_of_it_or_nothing(self, values: Any, sentence: str, start: Start) -> None:
+        server = start(filters=["faults"])
+        server.until("serving")
+        both = {"on-full": "wait", "faults.error": "EIO"} | values if isinstance(values, dict) else values
+        with pytest.raises(ControlError, match=sentence) as caught:
+            server.call("set", values=both)
+        assert caught.value.exit_code == Exit.USAGE
+        info = server.call("info")
+        assert info["policy"] == {"on_error": "fail", "on_full": "fail"}
+        assert info["filters"][0]["options"] == ""
 
 
 class TestExport:

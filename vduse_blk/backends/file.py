@@ -26,7 +26,7 @@ from typing import Final
 
 from vduse_blk.block.batch import Batch
 from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
-from vduse_blk.block.errors import UserError
+from vduse_blk.block.errors import TEMPORARY, PermanentError, UserError
 from vduse_blk.block.holders import Holder, holders_of, locks_on, loops_over
 from vduse_blk.block.linux import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, statx
 from vduse_blk.block.native import FileTarget
@@ -153,7 +153,10 @@ class FileBackend(Backend):
         return await self.refresh()
 
     def native_target(self) -> FileTarget:
-        return FileTarget(self._fd, self._is_block_device, self._lost)
+        return FileTarget(self._fd, self._is_block_device, self._lost, TEMPORARY)
+
+    def is_temporary(self, error: OSError) -> bool:
+        return error.errno in TEMPORARY
 
     # --------------------------------------------------------------------------- opening, on a thread of its own
 
@@ -442,13 +445,13 @@ class FileBackend(Backend):
         if not self._lost[0]:
             try:
                 os.fdatasync(self._fd)
-            except OSError:
+            except OSError as error:
                 # The kernel has marked the pages clean that it could not write: the next fdatasync would succeed. With
                 # direct I/O there are such pages, too: of metadata, and where a file system falls back to the page cache.
                 self._lost[0] = 1
-                raise
+                raise PermanentError(error.errno, f"{self}: data is lost: {error.strerror}") from error
         if self._lost[0]:  # perhaps meanwhile: of two at once the kernel tells only one
-            raise OSError(errno.EIO, f"{self}: another flush failed and lost data")
+            raise PermanentError(errno.EIO, f"{self}: another flush failed and lost data")
 
     def _discard(self, offset: int, length: int) -> None:
         if self._is_block_device:
@@ -468,7 +471,7 @@ class FileBackend(Backend):
                 self._refused.add(mode)
                 continue
             if self.options.sync:
-                os.fdatasync(self._fd)  # O_DSYNC is about writes
+                self._flush()  # O_DSYNC is about writes
             return
         raise OSError(errno.EOPNOTSUPP, f"{self} cannot zero ranges")
 

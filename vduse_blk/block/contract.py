@@ -27,6 +27,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from vduse_blk.block.batch import Batch
+from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import NativeTarget
 from vduse_blk.block.threads import Threads
 
@@ -81,6 +82,8 @@ class BlockInfo:
 class Backend(ABC):
     """A leaf of storage, or a filter over one. ``str()`` of it is what messages call it."""
 
+    default_on_error: ClassVar[str] = "fail"
+    """What becomes of requests with temporary errors unless the user says otherwise; as ``--on-error`` has it."""
     Options: ClassVar[type]
     """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
 
@@ -159,15 +162,16 @@ class Backend(ABC):
         return None
 
     def is_temporary(self, error: OSError) -> bool:
-        """Whether the same request may succeed later."""
+        """Whether the same request may succeed later. Never asked about a ``PermanentError``."""
         return False
 
+    def let_go(self, leaving: bool) -> None:
+        """The disk is about to go, or (``leaving`` False) stays after all: meanwhile nothing may wait without a limit."""
+        return
 
-class PassthroughFilter(Backend):
-    """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
 
-    Never native, and without batches: such a request would go past the filter.
-    """
+class Filter(Backend):
+    """A layer over ``below``. A module of ``vduse_blk.filters`` has one, made from one of the two below."""
 
     def __init__(self, below: Backend, options: Any) -> None:
         super().__init__(options)
@@ -175,6 +179,26 @@ class PassthroughFilter(Backend):
 
     def __str__(self) -> str:
         return str(self.below)
+
+    @property
+    def kind(self) -> str:
+        """The filter's name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def change(self, options: Any) -> None:
+        """Take other options while the disk is in use. Raises UserError, with nothing changed, for what cannot be."""
+        raise UserError(f"filter: '{self.kind}' cannot be changed while the disk is in use")
+
+    def facts(self) -> dict[str, Any]:
+        """What ``info`` shows of it beyond its options; JSON types only."""
+        return {}
+
+
+class PassthroughFilter(Filter):
+    """A layer that hands everything to ``below``; subclasses change what they are about (throttle, readonly, faults).
+
+    Never native: a request served in C would go past the filter.
+    """
 
     async def open(self) -> BlockInfo:
         return await self.below.open()
@@ -209,21 +233,17 @@ class PassthroughFilter(Backend):
     def is_temporary(self, error: OSError) -> bool:
         return self.below.is_temporary(error)
 
+    def let_go(self, leaving: bool) -> None:
+        self.below.let_go(leaving)
 
-class TransformFilter(Backend):
+
+class TransformFilter(Filter):
     """A layer over ``below`` that changes what the bytes mean (cow, cache, crypt).
 
     Every operation stays abstract, those with a default in ``Backend`` too: when the contract grows, a transform that
     forgot the new operation cannot be instantiated, instead of corrupting data. ``batch`` is none: without
     ``takes_batches`` nobody calls it.
     """
-
-    def __init__(self, below: Backend, options: Any) -> None:
-        super().__init__(options)
-        self.below = below
-
-    def __str__(self) -> str:
-        return str(self.below)
 
     @abstractmethod
     async def abandon(self) -> None: ...
@@ -236,3 +256,6 @@ class TransformFilter(Backend):
 
     @abstractmethod
     def is_temporary(self, error: OSError) -> bool: ...
+
+    @abstractmethod
+    def let_go(self, leaving: bool) -> None: ...

@@ -19,6 +19,44 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class PermanentError(OSError):
+    """No repetition can mend it, whatever its errno usually means: data is lost already, or a program is wrong."""
+
+
+TEMPORARY: Final = frozenset(
+    {
+        errno.EIO,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.EBUSY,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ENOLINK,
+        errno.EREMOTEIO,
+        errno.ETIMEDOUT,
+        errno.ESTALE,
+        errno.ESHUTDOWN,
+        errno.EPIPE,
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+    }
+)
+"""What storage that is away for a while says; it may be back. Not so: EINVAL, EBADF, EROFS, EFBIG, EOPNOTSUPP and others
+that are about the request itself."""
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""No room, until somebody makes some."""
+
+
 class Status(Enum):
     """How a request ended, by the names virtio-blk has for it (virtio 1.3, 5.2.6)."""
 

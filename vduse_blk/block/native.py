@@ -11,11 +11,13 @@ class FileTarget:
 
     ``lost``: 4 bytes, zero until a flush fails, by whichever thread or language; from then on every flush fails. None, only
     where a flush that failed loses nothing: it may be tried again.
+    ``temporary``: errno values after which the same request may succeed later, but for a flush that sets ``lost``.
     """
 
     fd: int
     is_block_device: bool
     lost: bytearray | None = None
+    temporary: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Options as frozen dataclasses: one declaration gives URI parsing, help and JSON schema.
 
-A field has ``about`` for metadata and the type ``str``, ``bool``, ``Size`` or one of these ``| None``. One without default
-is required::
+A field has ``about`` for metadata and the type ``str``, ``bool``, ``Size``, ``Count``, ``Duration``, ``Share`` or one of
+these ``| None``. One without default is required::
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -17,13 +17,22 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from types import UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from vduse_blk.block.errors import UserError
 
 _SIZE = "size"
 Size = Annotated[int, _SIZE]
 """A number of bytes, which a user may write with a suffix."""
+_COUNT = "count"
+Count = Annotated[int, _COUNT]
+"""A number of things, from 0."""
+_DURATION = "duration"
+Duration = Annotated[float, _DURATION]
+"""Seconds, which a user may write with a unit."""
+_SHARE = "share"
+Share = Annotated[float, _SHARE]
+"""From 0 to 1."""
 
 MAX_SIZE: Final = (1 << 63) - 1
 """Largest file offset of Linux."""
@@ -33,6 +42,10 @@ SECTOR: Final = 512
 
 _UNITS: Final = "KMGTPE"
 _SIZE_TEXT: Final = re.compile(rf"([0-9]+)([{_UNITS}]?)", re.IGNORECASE | re.ASCII)
+_DURATION_TEXT: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)?", re.ASCII)
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_MAX_DURATION: Final = 1e6  # seconds, as for --timeout
+_SHARE_TEXT: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?", re.ASCII)
 _BOOLEANS: Final = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 
 
@@ -50,6 +63,18 @@ def parse_size(text: str) -> int:
     if size > MAX_SIZE:
         raise UserError(f"size: {text!r} is too large; accepted are sizes below 8E")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds. '5', '0.5', '250ms', '5s', '2m', '1h'. Raises UserError."""
+    match = _DURATION_TEXT.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS[match[2] or "s"] if match else -1
+    if not 0 <= seconds <= _MAX_DURATION:
+        raise UserError(
+            f"duration: {text!r} is not usable; accepted are seconds up to {_MAX_DURATION:.0f}, or a number with "
+            "ms, s, m or h (250ms, 5s)"
+        )
+    return seconds
 
 
 def check_disk_size(size: int) -> None:
@@ -116,6 +141,17 @@ def parse_uri(what: str, owner: str, options: type, rest: str) -> dict[str, Any]
     return values
 
 
+def write_values(options: Any) -> str:
+    """``OPTION=VALUE&…`` for everything that differs from its default, as ``parse_uri`` understands it."""
+    items = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            text = f"{value:.12g}" if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
+            items.append(f"{field.name}={quote(text, safe='')}")
+    return "&".join(items)
+
+
 def quote_place(path: str) -> str:
     """A path that is to stand in a URI as it is."""
     return path.replace("%", "%25").replace("?", "%3F")
@@ -156,14 +192,29 @@ _SCHEMAS: Final[dict[object, dict[str, Any]]] = {
             {"type": "string", "pattern": f"^[0-9]+[{_UNITS}{_UNITS.lower()}]?$"},
         ]
     },
+    _COUNT: {"type": "integer", "minimum": 0, "maximum": MAX_SIZE},
+    _DURATION: {
+        "anyOf": [
+            {"type": "number", "minimum": 0, "maximum": _MAX_DURATION},
+            {"type": "string", "pattern": "^[0-9]+([.][0-9]+)?(ms|s|m|h)?$"},
+        ]
+    },
+    _SHARE: {"type": "number", "minimum": 0, "maximum": 1},
 }
 
 
-_ACCEPTED: Final[dict[object, str]] = {str: "TEXT", bool: "1|0|yes|no|true|false", _SIZE: "SIZE"}
+_ACCEPTED: Final[dict[object, str]] = {
+    str: "TEXT",
+    bool: "1|0|yes|no|true|false",
+    _SIZE: "SIZE",
+    _COUNT: "NUMBER",
+    _DURATION: "SECONDS",
+    _SHARE: "0..1",
+}
 
 
 def _hints(options: type) -> dict[str, object]:
-    """Field name → ``str``, ``bool`` or ``_SIZE``."""
+    """Field name → ``str``, ``bool``, or the tag of an annotated type."""
     result: dict[str, object] = {}
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
@@ -173,7 +224,9 @@ def _hints(options: type) -> dict[str, object]:
         if get_origin(hint) is Annotated:
             hint = get_args(hint)[1]
         if hint not in _SCHEMAS:
-            raise TypeError(f"{options.__qualname__}.{field.name}: options are str, bool or Size, not {hint}")
+            raise TypeError(
+                f"{options.__qualname__}.{field.name}: options are str, bool, Size, Count, Duration or Share, not {hint}"
+            )
         result[field.name] = hint
     return result
 
@@ -192,6 +245,21 @@ def _convert(key: str, hint: object, value: object) -> object:
             return parse_size(value if isinstance(value, str) else repr(value))
         except UserError as error:
             raise UserError(f"{key}: {str(error).partition(': ')[2]}") from None
+    if hint == _COUNT:
+        if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE:
+            return value
+        raise UserError(f"{key}: {value!r} is not usable; accepted are whole numbers from 0")
+    if hint == _DURATION:
+        try:
+            return parse_duration(value if isinstance(value, str) else f"{value}")
+        except UserError as error:
+            raise UserError(f"{key}: {str(error).partition(': ')[2]}") from None
+    if hint == _SHARE:
+        if not isinstance(value, bool) and _SHARE_TEXT.fullmatch(str(value)) and 0 <= float(str(value)) <= 1:
+            return float(str(value))
+        raise UserError(f"{key}: {value!r} is not usable; accepted are numbers from 0 to 1 (0.25)")
     if isinstance(value, str) and value and "\0" not in value:
         return value
     raise UserError(f"{key}: {value!r} is not usable; accepted is text that is not empty")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
-from vduse_blk.block.batch import Batch, BatchLimits
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
-from vduse_blk.block.errors import UserError
+from vduse_blk.block.batch import OPEN, Batch, BatchLimits
+from vduse_blk.block.contract import Backend, BlockInfo, Filter, Segments, Support
+from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.native import NativeTarget
+from vduse_blk.block.patience import Patience
+from vduse_blk.block.policy import Policy
 from vduse_blk.block.threads import Threads
 
 log = logging.getLogger("vduse_blk.disk")
@@ -54,19 +57,27 @@ class Stack:
     """A backend (or the outermost filter over one) as a disk. Owned by one event loop.
 
     ``block_size`` is the logical block size of the disk, None: the storage's own; ``read_only`` refuses changes
-    whatever the storage allows; ``serial`` as in ``BlockInfo``, "": the storage's own.
+    whatever the storage allows; ``serial`` as in ``BlockInfo``, "": the storage's own; ``policy`` is where ``patience``
+    begins, None: every error is an answer.
 
     Requests raise OSError: EINVAL outside the disk or not aligned, EROFS, EOPNOTSUPP, and what the storage raises.
     """
 
     def __init__(
-        self, backend: Backend, *, block_size: int | None = None, serial: str = "", read_only: bool = False
+        self,
+        backend: Backend,
+        *,
+        block_size: int | None = None,
+        serial: str = "",
+        read_only: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         if len(serial) > _MAX_SERIAL or not all(" " <= c <= "~" for c in serial):
             raise UserError(f"serial: {serial!r} is not usable; accepted are up to 20 printable ASCII characters")
         if block_size is not None and (block_size < 512 or block_size & (block_size - 1)):
             raise UserError(f"block_size: {block_size} is not usable; accepted are powers of two from 512")
         self.counters = Counters()
+        self.patience = Patience(policy or Policy(), backend.__str__, backend.is_temporary)
         self._backend = backend
         self._block_size = block_size
         self._serial = serial
@@ -83,6 +94,28 @@ class Stack:
     def info(self) -> BlockInfo:
         """The disk as it is now."""
         return self._info
+
+    @property
+    def default_on_error(self) -> str:
+        """What the storage itself has its users do about temporary errors, as they write it."""
+        leaf = self._backend
+        while isinstance(leaf, Filter):
+            leaf = leaf.below
+        return leaf.default_on_error
+
+    @property
+    def filters(self) -> dict[str, Filter]:
+        """The layers over the storage, the lowest first, by what a user calls them: ``faults``, a second one ``faults2``."""
+        layers: list[Filter] = []
+        backend = self._backend
+        while isinstance(backend, Filter):
+            layers.append(backend)
+            backend = backend.below
+        result: dict[str, Filter] = {}
+        for layer in reversed(layers):
+            number = sum(other.kind == layer.kind for other in result.values()) + 1
+            result[layer.kind if number == 1 else f"{layer.kind}{number}"] = layer
+        return result
 
     # ----------------------------------------------------------------------------------------------- lifetime
 
@@ -104,13 +137,20 @@ class Stack:
         """Flush nothing, let go of the storage. Nothing may be under way. Harmless if it is closed."""
         if self._open:
             self._open = False
+            self.patience.close()
             await self._guard("close", self._backend.close())
 
     async def abandon(self) -> None:
         """``close``, and remove a file that ``open`` created: the disk never came to be."""
         if self._open:
             self._open = False
+            self.patience.close()
             await self._guard("abandon", self._backend.abandon())
+
+    def let_go(self, leaving: bool) -> None:
+        """The disk is about to go, so requests that wait fail at once; or (``leaving`` False) it stays after all."""
+        self.patience.let_go(leaving)
+        self._backend.let_go(leaving)
 
     async def refresh(self) -> BlockInfo:
         """Look at the storage again: its size may have changed. Raises UserError if it cannot be a disk any more."""
@@ -190,7 +230,7 @@ class Stack:
             length = _length_of(into)
             self._check_range(offset, length)
             for at, segments in self._pieces(offset, length, into):
-                await self._guard("read", self._backend.read(at, segments))
+                await self._persist("read", partial(self._backend.read, at, segments))
         except OSError:
             self.counters.errors += 1
             raise
@@ -229,7 +269,7 @@ class Stack:
             if self._leaf.discard is Support.NONE:
                 raise OSError(errno.EOPNOTSUPP, f"{self} cannot discard")
             if length and self._leaf.discard is Support.NATIVE:
-                await self._guard("discard", self._backend.discard(offset, length))
+                await self._persist("discard", partial(self._backend.discard, offset, length))
         except OSError:
             self.counters.errors += 1
             raise
@@ -279,10 +319,18 @@ class Stack:
         try:
             self._backend.batch(batch)
         except OSError as error:
-            batch.fail(error.errno or errno.EIO)
+            if not self.patience.limit(error):
+                batch.fail(error.errno or errno.EIO)
         except Exception as error:
             self._complain("batch", error)
             batch.fail(errno.EIO)
+            return
+        if self.patience.policy.waits:
+            # What may wait does so by itself, as a single request.
+            results = batch.results
+            for number, result in enumerate(results):
+                if result > 0 and self.patience.limit(OSError(result, "")):
+                    results[number] = OPEN
 
     def settle(self, batch: Batch) -> None:
         """Count what became of a batch."""
@@ -295,16 +343,17 @@ class Stack:
 
     async def _write(self, offset: int, length: int, data: Segments, native_fua: bool) -> None:
         for at, segments in self._pieces(offset, length, data):
-            await self._guard("write", self._backend.write(at, segments, fua=native_fua))
+            await self._persist("write", partial(self._backend.write, at, segments, fua=native_fua))
 
     async def _flush(self) -> None:
         if self._info.volatile_cache:
-            await self._guard("flush", self._backend.flush())
+            await self._persist("flush", self._backend.flush)
 
     async def _zeroed_by_backend(self, offset: int, length: int, unmap: bool, native_fua: bool) -> bool:
         """False: it turns out not to know how."""
         try:
-            await self._guard("write_zeroes", self._backend.write_zeroes(offset, length, unmap=unmap, fua=native_fua))
+            zero = partial(self._backend.write_zeroes, offset, length, unmap=unmap, fua=native_fua)
+            await self._persist("write_zeroes", zero)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -345,6 +394,22 @@ class Stack:
             return ((offset, segments),)
         return _cut(offset, limit, segments)
 
+    async def _persist(self, operation: str, work: Callable[[], Awaitable[None]]) -> None:
+        """``_guard``, again and again while the failure policy has it."""
+        try:
+            return await self._guard(operation, work())
+        except OSError as error:
+            if not self.patience.limit(error):
+                raise
+            failure = error
+        with self.patience.request(failure) as attempts:
+            while True:
+                await attempts.wait(failure)
+                try:
+                    return await self._guard(operation, work())
+                except OSError as error:
+                    failure = error
+
     async def _guard(self, operation: str, work: Awaitable[_T]) -> _T:
         """Let OSError pass, and UserError where a user waits for an answer; anything else is a bug of the backend and
         costs one request."""
@@ -356,7 +421,7 @@ class Stack:
             if isinstance(error, UserError) and operation in _ASKED_BY_A_USER:
                 raise
             self._complain(operation, error)
-            raise OSError(errno.EIO, f"bug in {self}: {error!r}") from error
+            raise PermanentError(errno.EIO, f"bug in {self}: {error!r}") from error
 
     def _complain(self, operation: str, error: Exception) -> None:
         """Log a bug of the backend once. In the handler of ``error``; any thread."""

@@ -18,7 +18,7 @@ from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import BLOCK_SIZES, PATHS, ControlError, Exit, WorkerSpec
 from vduse_blk.exports import absolute_export
-from vduse_blk.source import absolute_source, parse_source
+from vduse_blk.source import absolute_source, parse_filter, parse_source
 
 _Command = Callable[..., Any]
 
@@ -58,6 +58,25 @@ def disk_options(command: _Command) -> _Command:
             default="auto",
             show_default=True,
             help="Who serves requests: native (C threads), plugin (Python), auto (native where possible).",
+        ),
+        click.option(
+            "--on-error",
+            metavar="POLICY",
+            help="Requests with errors that may pass: fail, wait, or retry=DURATION.  [default: the storage's own]",
+        ),
+        click.option(
+            "--on-full",
+            default="fail",
+            show_default=True,
+            metavar="POLICY",
+            help="Requests for which the storage has no space: fail, or wait.",
+        ),
+        click.option(
+            "--filter",
+            "filters",
+            multiple=True,
+            metavar="FILTER",
+            help="A layer over the storage: NAME or NAME?OPTION=VALUE&…. May be given several times, the lowest first.",
         ),
         click.option(
             "--export",
@@ -107,9 +126,9 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
     """Make a disk whose storage is SOURCE, and serve it in the foreground: for units and containers.
 
-    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM, SIGINT and SIGHUP
-    (unless ignored) remove the disk and end the server, unless the disk is in use. SOURCE and options are those
-    of attach; --json concerns only a failure to start.
+    Logs to standard error and tells systemd when the disk is ready (Type=notify). SIGTERM and SIGINT
+    remove the disk and end the server, unless the disk is in use; SIGHUP reads /etc/vduse-blk/N.settings. SOURCE
+    and options are those of attach; --json concerns only a failure to start.
     """
     spec = specification(source, name, **options)
     launch.check_descriptors()
@@ -125,10 +144,17 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
 
 
 def specification(
-    source: str, name: str | None, *, exports: tuple[str, ...] = ("vduse",), **options: Any
+    source: str,
+    name: str | None,
+    *,
+    exports: tuple[str, ...] = ("vduse",),
+    filters: tuple[str, ...] = (),
+    **options: Any,
 ) -> WorkerSpec:
     """What to hand to the server. Raises ``UserError`` (exit 2) for what no server could serve."""
     parsed = parse_source(source)
+    for text in filters:
+        parse_filter(text)
     try:
         absolute, presented = absolute_source(source), tuple(absolute_export(export) for export in exports)
     except FileNotFoundError as e:
@@ -137,6 +163,7 @@ def specification(
         name=default_name(str(parsed.options.get("path", parsed.backend))) if name is None else name,
         source=absolute,
         exports=presented,
+        filters=filters,
         **options,
     )
 

@@ -20,6 +20,7 @@ STATE_STYLES: Final = {
     "broken": "red",
     "unreadable": "red",
     "starting": "yellow",
+    "waiting": "yellow",
 }
 MAX_QUEUE_COLUMNS: Final = 8
 
@@ -29,7 +30,7 @@ MAX_QUEUE_COLUMNS: Final = 8
 def list_disks(as_json: bool) -> None:
     """List every disk of this host, those whose server died included.
 
-    STATE is what the server says of itself ('starting', 'serving', 'broken', 'detaching'), 'dead' if there is
+    STATE is what the server says of itself ('starting', 'serving', 'waiting', 'broken', 'detaching'), 'dead' if there is
     no server, 'silent' if there is one that does not answer, and 'unreadable' without access to the disk's directory.
     """
     disks = list(control.all_disks())
@@ -86,6 +87,8 @@ def print_info(disk: control.DiskStatus) -> None:
     rows = [("name", disk.name), ("state", disk.state)]
     rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
     rows += [("export", f"{export['export']}") for export in know.get("exports", [])]
+    rows += _policy_rows(know)
+    rows += [("filter", _filter_text(layer)) for layer in know.get("filters", [])]
     if know.get("frontend"):
         rows.append(("front-end", f"process {know['frontend']}"))
     if know.get("size") is not None:
@@ -109,6 +112,31 @@ def print_info(disk: control.DiskStatus) -> None:
     for label, value in rows:
         click.echo(f"{label.ljust(width)}  {output.printable(value)}")
     _print_counters(know.get("counters"), know.get("queues"))
+
+
+def _policy_rows(know: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    policy, waiting = know.get("policy"), know.get("waiting")
+    if isinstance(policy, Mapping):
+        rows.append(("on error", f"{policy.get('on_error')}; no space: {policy.get('on_full')}"))
+    if isinstance(waiting, Mapping):
+        text = f"{waiting.get('requests')} requests since {_time_text(waiting.get('since'))}: {waiting.get('error')}"
+        rows.append(("waiting", text))
+    return rows
+
+
+def _filter_text(layer: Mapping[str, Any]) -> str:
+    """'faults?error=EIO (seed 4, struck: read 3)'."""
+    facts = []
+    for key, value in layer.items():
+        if key in ("name", "options") or value in (None, {}, []):
+            continue
+        if isinstance(value, Mapping):
+            facts.append(f"{key}: {' '.join(f'{name} {count}' for name, count in value.items())}")
+        else:
+            facts.append(f"{key} {value}")
+    text = f"{layer['name']}?{layer['options']}" if layer.get("options") else str(layer.get("name"))
+    return f"{text} ({', '.join(facts)})" if facts else text
 
 
 def _queues_text(queues: list[Mapping[str, Any]]) -> str:

@@ -155,6 +155,21 @@ struct vb_target {
     uint8_t *lost;            /* FILE: shared by all queues of the disk; not 0 once a flush has failed. NULL = may be retried */
 };
 
+/*
+ * What becomes of a request that storage fails with an error that may pass: it is tried again for so many nanoseconds after
+ * its first error, 0 = not at all, UINT64_MAX = for ever. One per disk, shared by its queues. Control stores both words
+ * with vb_policy_set and wakes the queues; the rest is constant. Zeroed: everything fails at once.
+ */
+enum { VB_ERRORS = 192 }; /* errno values from 0 */
+struct vb_policy {
+    uint64_t error_ns;
+    uint64_t full_ns;       /* for errors in `full` */
+    uint64_t temporary[3];  /* a bit per errno value */
+    uint64_t full[3];
+    int32_t event_fd;       /* eventfd: requests of a queue begin or cease to wait (see the view); -1 = none */
+    int32_t reserved;
+};
+
 struct vb_queue_config {
     uint32_t index;
     uint32_t num; /* ring entries, a power of two */
@@ -180,6 +195,7 @@ struct vb_queue_config {
     uint64_t dirty_bytes;
     uint64_t dirty_used;
     uint64_t log_used;
+    const struct vb_policy *policy; /* native queues; outlives them. NULL = everything fails at once */
 };
 
 enum vb_state { VB_IDLE = 0, VB_RUNNING, VB_BROKEN, VB_STOPPED };
@@ -190,6 +206,7 @@ struct vb_counters {
     uint64_t bytes[7];   /* of requests completed with OK, by enum vblk_op */
     uint64_t errors[7];  /* completed with IOERR, by enum vblk_op */
     uint64_t unsupported;
+    uint64_t retries;    /* attempts after the first */
     uint64_t malformed;  /* requests whose framing broke the rules */
     uint64_t wakeups;    /* returns from sleep */
     uint64_t spin_hits;  /* sleeps saved by looking a little longer */
@@ -213,6 +230,9 @@ struct vb_view {
     int32_t error; /* errno of an engine failure, 0 = none */
     uint32_t last_avail; /* next avail entry to pop, as of the last publish; exact once the queue has stopped */
     uint32_t replayed;   /* heads taken over from the in-flight log */
+    uint32_t waiting;    /* requests that storage has failed and that are not finished */
+    int32_t wait_error;  /* the last errno of one; meaningless with none waiting */
+    uint64_t wait_since; /* CLOCK_MONOTONIC, ns: since when there is one */
 };
 
 /* NULL with *error = errno. `rules` and every published table must outlive the queue. */
@@ -232,6 +252,9 @@ void vb_queue_wake(struct vb_queue *queue);
 void vblk_set_capacity(struct vblk_rules *rules, uint64_t capacity);
 /* Control: whether writes must be durable when they are answered; holds for every request popped afterwards. */
 void vblk_set_writethrough(struct vblk_rules *rules, int on);
+
+/* Control: change what waits, from the next error on; queues learn of it when woken. */
+void vb_policy_set(struct vb_policy *policy, uint64_t error_ns, uint64_t full_ns);
 
 /* Native: a C thread serves the queue. 0 or -errno. */
 int vb_engine_start(struct vb_queue *queue, const struct vb_target *target);

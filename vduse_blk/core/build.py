@@ -22,6 +22,7 @@ SOURCES = (
     "target_file.c",
     "target_memory.c",
     "pool.c",
+    "retry.c",
     "engine.c",
 )
 

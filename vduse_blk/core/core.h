@@ -154,6 +154,13 @@ struct vblk_req {
     uint8_t phase;      /* target's own */
     int result;            /* pool: 0 or -errno */
     struct vblk_req *next; /* pool: in one of its lists */
+    /* waiting, owned by retry.c */
+    bool over;          /* taken from the list to be failed */
+    uint32_t tries;
+    int error;
+    uint64_t failed_ns; /* first error, CLOCK_MONOTONIC; 0 = none */
+    uint64_t due_ns;
+    struct vblk_req *next_parked;
 };
 
 enum vblk_verdict {
@@ -168,6 +175,20 @@ enum vblk_verdict vblk_parse(const struct vblk_rules *rules, const struct vring_
 uint32_t vblk_finish(struct vblk_req *req, enum vblk_status status);
 bool vblk_malformed(const struct vblk_req *req);
 enum vblk_status vblk_status_of_errno(int error);
+
+/* ---- requests that wait for storage ---- */
+
+struct retry { /* owner: the queue thread */
+    struct vblk_req *first;
+    uint64_t due_ns;   /* of the earliest in the list */
+    uint64_t error_ns; /* the policy as retry_take last saw it */
+    uint64_t full_ns;
+    uint64_t random;
+    /* read by control */
+    _Atomic uint32_t waiting;
+    _Atomic int32_t error;
+    _Atomic uint64_t since_ns;
+};
 
 /* ---- queue ---- */
 
@@ -189,6 +210,7 @@ struct vb_queue {
     uint16_t *replay;      /* num: heads to do again, found in the log */
     uint16_t replay_count;
     uint16_t replay_next;
+    struct retry retry;
     uint32_t inflight; /* queue: equals pops minus pushes; if it drifts, stop never ends */
     struct vb_counters counters;
     struct vring_chain chain; /* queue: scratch, 4 KiB, too large for comfort on a stack */
@@ -223,6 +245,15 @@ void queue_publish(struct vb_queue *queue);
 void queue_break(struct vb_queue *queue, enum vring_fault fault);
 void queue_post_event(struct vb_queue *queue);
 
+/* The request has failed with `error`. True: it waits, and is not to be finished. */
+bool retry_park(struct vb_queue *queue, struct vblk_req *req, int error);
+/* The request is about to be finished. */
+void retry_ended(struct vb_queue *queue, struct vblk_req *req);
+/* Requests to take up now, linked by next_parked: those that are `over` must be failed, others tried. */
+struct vblk_req *retry_take(struct vb_queue *queue);
+/* Nanoseconds until retry_take has one; UINT64_MAX: none waits. */
+uint64_t retry_sleep_ns(const struct vb_queue *queue);
+
 /* ---- targets: each starts a request; those that finish at once return their result, others report later ---- */
 
 enum { TARGET_PENDING = 1, TARGET_FULL = 2 };
@@ -255,6 +286,8 @@ int target_file_sync(struct target_file *file, struct vblk_req *req);
 int target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
 /* Take in the result of the step: 1 = prepare the next (which may find that there is none), -errno = failed. */
 int target_file_advance(struct target_file *file, struct vblk_req *req, int result);
+/* Whether data is lost that this request promises to be durable: no other attempt can mend it. */
+bool target_file_is_lost(const struct target_file *file, const struct vblk_req *req);
 /* Memory and null: 0 or -errno. */
 int target_memory(const struct vb_target *target, struct vblk_req *req);
 int target_null(struct vblk_req *req);

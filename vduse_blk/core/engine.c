@@ -154,9 +154,43 @@ static bool goes_on(const struct vb_queue *queue)
     return !atomic_load(&queue->stopping) || queue->inflight != 0 || vb_queue_replaying(queue);
 }
 
-static void finish_errno(struct vb_queue *queue, struct vblk_req *req, int result)
+/* The request has come to an end with 0 or -errno; or it waits, to be tried again. */
+static void finish_errno(struct vb_engine *engine, struct vblk_req *req, int result)
 {
+    struct vb_queue *queue = engine->queue;
+    if (result < 0 && !target_file_is_lost(&engine->file, req) && retry_park(queue, req, -result))
+        return;
+    retry_ended(queue, req);
     queue_finish(queue, req, vblk_status_of_errno(-result));
+}
+
+/* Take up what has waited long enough. False: nothing has. */
+static bool take_up(struct vb_engine *engine, void (*start)(struct vb_engine *, struct vblk_req *))
+{
+    struct vblk_req *req = retry_take(engine->queue);
+    bool any = req != NULL;
+    while (req != NULL) {
+        struct vblk_req *next = req->next_parked;
+        if (req->over)
+            finish_errno(engine, req, -req->error);
+        else
+            start(engine, req);
+        req = next;
+    }
+    return any;
+}
+
+static void do_sync(struct vb_engine *engine, struct vblk_req *req)
+{
+    int result = run_sync(engine, req);
+    if (result <= 0)
+        finish_errno(engine, req, result);
+}
+
+static int sleep_ms(const struct vb_queue *queue)
+{
+    uint64_t ns = retry_sleep_ns(queue);
+    return ns == UINT64_MAX ? -1 : (int)(ns / 1000000u) + 1;
 }
 
 static void serve_sync(struct vb_engine *engine)
@@ -167,8 +201,9 @@ static void serve_sync(struct vb_engine *engine)
         struct vblk_req *next;
         for (struct vblk_req *done = pool_done(&engine->pool); done != NULL; done = next) {
             next = done->next;
-            finish_errno(queue, done, done->result);
+            finish_errno(engine, done, done->result);
         }
+        bool taken_up = take_up(engine, do_sync);
         if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
             uint32_t room = chunk(engine);
@@ -181,9 +216,7 @@ static void serve_sync(struct vb_engine *engine)
                     break;
                 if (req != NULL) {
                     bytes += req->length;
-                    int result = run_sync(engine, req);
-                    if (result <= 0)
-                        finish_errno(queue, req, result);
+                    do_sync(engine, req);
                 }
             }
             queue_publish(queue);
@@ -192,10 +225,10 @@ static void serve_sync(struct vb_engine *engine)
         } else {
             queue_publish(queue);
         }
-        if (!again && goes_on(queue)) {
+        if (!again && !taken_up && goes_on(queue)) {
             struct epoll_event events[2];
             uint64_t slept_at = before_sleep();
-            (void)epoll_wait(engine->epoll_fd, events, 2, -1);
+            (void)epoll_wait(engine->epoll_fd, events, 2, sleep_ms(queue));
             after_sleep(engine, slept_at);
             COUNT(queue->counters.wakeups, 1);
         }
@@ -239,7 +272,7 @@ static void start_step(struct vb_engine *engine, struct vblk_req *req)
 {
     bool in_memory = engine->file.in_memory;
     if (in_memory && !hand_over(engine, req)) {
-        finish_errno(engine->queue, req, target_file_sync(&engine->file, req));
+        finish_errno(engine, req, target_file_sync(&engine->file, req));
         return;
     }
     int result = target_file_prepare(&engine->file, req, &engine->ring);
@@ -249,7 +282,7 @@ static void start_step(struct vb_engine *engine, struct vblk_req *req)
         result = target_file_prepare(&engine->file, req, &engine->ring);
     }
     if (result <= 0) {
-        finish_errno(engine->queue, req, result);
+        finish_errno(engine, req, result);
     } else if (in_memory) {
         engine->handed_over++;
         (void)uring_enter(&engine->ring, 0); /* now: what comes next is done here */
@@ -276,7 +309,7 @@ static void reap(struct vb_engine *engine)
             engine->handed_over -= engine->file.in_memory;
             int error = target_file_advance(&engine->file, req, result);
             if (error < 0)
-                finish_errno(queue, req, error);
+                finish_errno(engine, req, error);
             else
                 start_step(engine, req);
         }
@@ -308,6 +341,7 @@ static void serve_uring(struct vb_engine *engine)
     engine->arm_kick = true;
     engine->arm_wake = true;
     while (goes_on(queue)) {
+        bool taken_up = take_up(engine, start_step);
         bool more = false;
         bool ready = (!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue);
         if (ready) {
@@ -330,9 +364,9 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_kick = false;
         engine->arm_wake = false;
 
-        more |= !goes_on(queue);
+        more |= taken_up || !goes_on(queue);
         uint64_t slept_at = more ? 0 : before_sleep();
-        int error = uring_enter(&engine->ring, more ? 0 : 1);
+        int error = more ? uring_enter(&engine->ring, 0) : uring_sleep(&engine->ring, retry_sleep_ns(queue));
         if (!more)
             after_sleep(engine, slept_at);
         COUNT(queue->counters.submits, 1);

@@ -177,6 +177,9 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
     view->error = atomic_load(&queue->error);
     view->last_avail = atomic_load(&queue->last_avail);
     view->replayed = atomic_load(&queue->replayed);
+    view->waiting = atomic_load(&queue->retry.waiting);
+    view->wait_error = atomic_load(&queue->retry.error);
+    view->wait_since = atomic_load(&queue->retry.since_ns);
 }
 
 void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table)

@@ -63,6 +63,11 @@ static void lose(const struct target_file *file)
         __atomic_store_n(file->lost, 1, __ATOMIC_RELEASE);
 }
 
+bool target_file_is_lost(const struct target_file *file, const struct vblk_req *req)
+{
+    return has_lost(file) && (req->op == VBLK_FLUSH || req->fua || req->phase == WAY_SYNC);
+}
+
 /* The cheapest way that is not known to fail, or WAY_OPEN. */
 static enum way choose(const struct target_file *file, enum vblk_op op, const struct vblk_range *range)
 {

@@ -44,9 +44,10 @@ int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enu
         return fd;
     ring->fd = fd;
     ring->enter_fd = fd;
-    if (!(params.features & IORING_FEAT_SINGLE_MMAP) || !(params.features & IORING_FEAT_NODROP)) {
+    if (!(params.features & IORING_FEAT_SINGLE_MMAP) || !(params.features & IORING_FEAT_NODROP) ||
+        !(params.features & IORING_FEAT_EXT_ARG)) {
         uring_close(ring);
-        return -ENOSYS; /* older than 5.5: not worth a second code path */
+        return -ENOSYS; /* older than 5.11: not worth a second code path */
     }
     size_t sq_bytes = params.sq_off.array + params.sq_entries * sizeof(unsigned);
     size_t cq_bytes = params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe);
@@ -132,6 +133,19 @@ int uring_enter(struct uring *ring, unsigned wait)
     unsigned count = uring_unsent(ring);
     long result = syscall(__NR_io_uring_enter, ring->enter_fd, count, wait,
                           ring->enter_flags | IORING_ENTER_GETEVENTS, NULL, 0);
+    return result < 0 ? -errno : 0;
+}
+
+int uring_sleep(struct uring *ring, uint64_t ns)
+{
+    if (ns == UINT64_MAX)
+        return uring_enter(ring, 1);
+    struct __kernel_timespec time = {.tv_sec = (long long)(ns / 1000000000u), .tv_nsec = (long long)(ns % 1000000000u)};
+    struct io_uring_getevents_arg arg = {.ts = (uintptr_t)&time};
+    __atomic_store_n(ring->sq_tail, ring->sq_local, __ATOMIC_RELEASE);
+    unsigned count = uring_unsent(ring);
+    long result = syscall(__NR_io_uring_enter, ring->enter_fd, count, 1,
+                          ring->enter_flags | IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &arg, sizeof(arg));
     return result < 0 ? -errno : 0;
 }
 

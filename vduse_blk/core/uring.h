@@ -42,6 +42,8 @@ struct io_uring_sqe *uring_sqe(struct uring *ring);
 unsigned uring_unsent(const struct uring *ring);
 /* Submit all and wait for at least `wait` completions. 0 or -errno (-EINTR included). */
 int uring_enter(struct uring *ring, unsigned wait);
+/* The same, waiting for one completion at most so many nanoseconds; UINT64_MAX: without a limit. -ETIME: none came. */
+int uring_sleep(struct uring *ring, uint64_t ns);
 /* The next completion, or NULL; uring_seen gives it back. */
 struct io_uring_cqe *uring_peek(struct uring *ring);
 void uring_seen(struct uring *ring);

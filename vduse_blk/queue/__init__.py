@@ -6,12 +6,14 @@ from vduse_blk.queue.inflight import InflightLog
 from vduse_blk.queue.iova import FdRange, IovaMap, Region, SharedArea
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
+from vduse_blk.queue.policy import NativePolicy
 
 __all__ = [
     "DiskRules",
     "FdRange",
     "InflightLog",
     "IovaMap",
+    "NativePolicy",
     "NativeQueue",
     "PluginQueue",
     "Queue",

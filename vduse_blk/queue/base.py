@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vduse_blk.block.contract import BlockInfo, Support
+from vduse_blk.block.policy import Waiting
 from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.iova import IovaMap
 
@@ -85,6 +86,8 @@ class QueueView:
     table_generation: int
     error: int
     replayed: int = 0
+    waiting: Waiting | None = None
+    """Requests that storage has failed, and that will be tried again."""
     memory_lost: bool = False
     """It stopped because mapped memory vanished: the ring itself is sound."""
 
@@ -158,7 +161,7 @@ class CoreQueue:
         self._lock = threading.Lock()  # other threads look (view, counters) while control frees
         self._last_counters: dict[str, int] = {}
 
-    def _create(self, setup: QueueSetup, iova: IovaMap) -> None:
+    def _create(self, setup: QueueSetup, iova: IovaMap, policy: Any = ffi.NULL) -> None:
         config = ffi.new("struct vb_queue_config *")
         config.index, config.num = setup.index, setup.num
         config.desc_iova, config.avail_iova, config.used_iova = setup.desc, setup.avail, setup.used
@@ -167,6 +170,7 @@ class CoreQueue:
         config.seg_max = setup.seg_max
         config.kick_fd, config.notify_fd, config.event_fd = setup.kick_fd, setup.notify_fd, setup.event_fd
         config.notify_kind = lib.VB_NOTIFY_VDUSE if setup.notify_vduse else lib.VB_NOTIFY_EVENTFD
+        config.policy = policy
         config.inflight = ffi.cast("void *", setup.inflight)
         if setup.dirty is not None:
             config.dirty, config.dirty_bytes = ffi.cast("uint8_t *", setup.dirty[0]), setup.dirty[1]
@@ -198,6 +202,12 @@ class CoreQueue:
     def answer_miss(self) -> None:
         lib.vb_queue_answer_miss(self._c)
 
+    def wake(self) -> None:
+        """Look again at what others have changed. Any thread."""
+        with self._lock:
+            if self._c is not None:
+                lib.vb_queue_wake(self._c)
+
     def view(self) -> QueueView:
         view = ffi.new("struct vb_view *")
         with self._lock:
@@ -211,6 +221,7 @@ class CoreQueue:
             table_generation=view.table_generation,
             error=view.error,
             replayed=view.replayed,
+            waiting=Waiting(view.waiting, view.wait_since / 1e9, view.wait_error) if view.waiting else None,
             memory_lost=view.fault == lib.VRING_FAULT_MEMORY,
         )
 
@@ -226,7 +237,7 @@ class CoreQueue:
             result[f"{op}_errors"] = c.errors[i]
         for op in ("read", "write", "discard", "write_zeroes"):
             result[f"{op}_bytes"] = c.bytes[_OPS.index(op)]
-        for name in ("unsupported", "malformed", "wakeups", "spin_hits", "submits"):
+        for name in ("unsupported", "retries", "malformed", "wakeups", "spin_hits", "submits"):
             result[name] = getattr(c, name)
         for name in ("publishes", "notifies", "misses", "inflight"):
             result[name] = getattr(c, name)

@@ -6,10 +6,12 @@ import asyncio
 
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.native import FileTarget
 from vduse_blk.block.stack import Stack
 from vduse_blk.queue.base import DiskRules, Queue
 from vduse_blk.queue.native import NativeQueue
 from vduse_blk.queue.plugin import PluginQueue
+from vduse_blk.queue.policy import NativePolicy
 
 
 class QueueFactory:
@@ -32,6 +34,9 @@ class QueueFactory:
                 "accepted are 'auto' and 'plugin'",
                 exit_code=2,
             )
+        # Memory and null have no errors.
+        temporary = self._target.temporary if isinstance(self._target, FileTarget) else None
+        self._policy = None if temporary is None else NativePolicy(stack.patience, temporary)
         self.path = "plugin" if self._target is None else "native"
         self.rules = DiskRules(
             info, max_discard=max_discard, max_write_zeroes=max_write_zeroes, max_ranges=max_ranges
@@ -42,5 +47,5 @@ class QueueFactory:
         if failing:
             return NativeQueue(index, self.rules, None)
         if self._target is not None:
-            return NativeQueue(index, self.rules, self._target)
+            return NativeQueue(index, self.rules, self._target, policy=self._policy)
         return PluginQueue(index, self.rules, self._stack, self._loop)

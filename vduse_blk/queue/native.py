@@ -8,6 +8,7 @@ from vduse_blk.block.native import FileTarget, MemoryTarget, NativeTarget, NullT
 from vduse_blk.core._core import ffi, lib
 from vduse_blk.queue.base import CoreQueue, DiskRules, QueueSetup
 from vduse_blk.queue.iova import IovaMap
+from vduse_blk.queue.policy import NativePolicy
 
 _IO_MODES = {
     "auto": lib.VB_IO_AUTO,
@@ -22,15 +23,25 @@ _SPINS = {"auto": lib.VB_SPIN_AUTO, "never": lib.VB_SPIN_NEVER, "always": lib.VB
 class NativeQueue(CoreQueue):
     """``target`` None: every request is answered with an error.
 
-    ``io_mode``: "auto" takes io_uring where it is allowed and pays; the others insist, "uring-coop" and "uring-plain" on
-    what older kernels have of it. ``spin``: "auto" looks for work before it sleeps where that pays; "never" and "always"
-    insist. Only tests insist.
+    ``policy`` None: every error is an answer. ``io_mode``: "auto" takes io_uring where it is allowed and pays; the others
+    insist, "uring-coop" and "uring-plain" on what older kernels have of it. ``spin``: "auto" looks for work before it sleeps
+    where that pays; "never" and "always" insist. Only tests insist.
     """
 
     def __init__(
-        self, index: int, rules: DiskRules, target: NativeTarget | None, *, io_mode: str = "auto", spin: str = "auto"
+        self,
+        index: int,
+        rules: DiskRules,
+        target: NativeTarget | None,
+        *,
+        io_mode: str = "auto",
+        spin: str = "auto",
+        policy: NativePolicy | None = None,
     ) -> None:
         super().__init__(index, rules)
+        self._policy = policy
+        if policy is not None:
+            policy.add(self)
         self._target = ffi.new("struct vb_target *")
         self._target.spin = _SPINS[spin]
         match target:
@@ -51,7 +62,7 @@ class NativeQueue(CoreQueue):
                 self._target.kind = lib.VB_TARGET_NONE
 
     def start(self, setup: QueueSetup, iova: IovaMap) -> None:
-        self._create(setup, iova)
+        self._create(setup, iova, ffi.NULL if self._policy is None else self._policy.c)
         error = lib.vb_engine_start(self._c, self._target)
         if error < 0:
             self._destroy()

@@ -118,7 +118,8 @@ class PluginQueue(CoreQueue):
         assert self._kick is not None
         self._loop.remove_reader(self._kick)
         if self.counters_inflight():
-            await self._drained.wait()
+            with self._stack.patience.hurry():
+                await self._drained.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

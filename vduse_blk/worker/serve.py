@@ -22,11 +22,13 @@ from typing import Any
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
+from vduse_blk.block.options import write_values
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
 from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.source import open_source
+from vduse_blk.worker import settings
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
 
@@ -80,10 +82,9 @@ class Worker:
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
                 loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                    # Under nohup a terminal that is closed leaves the disk alone.
-                    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                        loop.add_signal_handler(number, self._on_signal, number)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.add_signal_handler(number, self._on_signal, number)
+                loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start(wanted)
                 await self._finished.wait()
@@ -129,9 +130,13 @@ class Worker:
             block_size=spec.block_size,
             size=spec.size,
             serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
+            filters=spec.filters,
+            on_error=spec.on_error,
+            on_full=spec.on_full,
         )
         await stack.open()
         self._stack = stack
+        self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
         for text, export in zip(spec.exports, wanted, strict=True):
             exporter = export.exporter(
@@ -195,6 +200,18 @@ class Worker:
         else:
             self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(name))
 
+    def _on_hangup(self) -> None:
+        """Read the administrator's settings of the disk. Nothing of them is taken if one is wrong."""
+        name = self._spec.name
+        try:
+            values = control.read_settings(name)
+            if not values:
+                log.info("SIGHUP: no settings in %s", control.settings_file(name))
+                return
+            self._set(values)
+        except (UserError, OSError) as error:
+            log.error("SIGHUP: the settings of disk '%s' are as before: %s", name, error)
+
     async def _detach_on_signal(self, name: str) -> None:
         try:
             await self._detach(force=False, signalled=True)
@@ -247,6 +264,8 @@ class Worker:
     async def _stop_exports(self) -> None:
         before = self._phase
         self._phase = "detaching"
+        if self._stack is not None:
+            self._stack.let_go(True)
         self._write_state()
         notify_systemd("STATUS=detaching")
         try:
@@ -255,6 +274,8 @@ class Worker:
                 self._exports.pop()
         except BaseException:
             self._phase = "broken" if any(export.exporter.failed.done() for export in self._exports) else before
+            if self._stack is not None:
+                self._stack.let_go(False)
             self._write_state()
             notify_systemd(f"STATUS={self._phase}: detach failed")
             raise
@@ -338,12 +359,14 @@ class Worker:
                     return control.ok_reply(**self._info())
                 case "resize":
                     return control.ok_reply(size=await self._resize(request.get("size")))
+                case "set":
+                    return control.ok_reply(**self._set(request.get("values")))
                 case "detach":
                     await self._detach(force=request.get("force") is True)
                     return control.ok_reply()
                 case other:
                     raise ControlError(
-                        f"op: {other!r} is not known; accepted are ping, info, resize, detach", Exit.USAGE
+                        f"op: {other!r} is not known; accepted are ping, info, resize, set, detach", Exit.USAGE
                     )
         except ControlError as error:
             return control.error_reply(str(error), error.exit_code, error.holders)
@@ -357,6 +380,27 @@ class Worker:
         except Exception as error:
             log.exception("bug while answering %r", line[:200])
             return control.error_reply(f"bug in the server: {error!r}; its log has more", Exit.FAILED)
+
+    def _set(self, values: object) -> dict[str, Any]:
+        """Change settings; returns those of the disk now."""
+        if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+            raise ControlError(f"values: {values!r} is not usable; accepted is an object of texts", Exit.USAGE)
+        if self._stack is None or not self._exports:
+            raise ControlError(f"disk '{self._spec.name}' is {self._phase}; nothing of it can be set", Exit.BUSY)
+        self._spec = settings.change(self._stack, self._spec, values)
+        self._write_state()  # a successor goes on with them
+        log.info("disk '%s' has settings %s", self._spec.name, " ".join(f"{key}={value}" for key, value in values.items()))
+        return self._settings(self._stack)
+
+    @staticmethod
+    def _settings(stack: Stack) -> dict[str, Any]:
+        return {
+            "policy": stack.patience.policy.facts(),
+            "filters": [
+                {"name": name, "options": write_values(layer.options), **layer.facts()}
+                for name, layer in stack.filters.items()
+            ],
+        }
 
     async def _resize(self, size: object) -> int:
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
@@ -405,10 +449,21 @@ class Worker:
                 "read_only": info.read_only,
                 "serial": info.serial,
             }
+            facts |= self._settings(self._stack)
+            facts |= self._waiting(self._stack)
         if self._exports:
             exporter = self._exports[0].exporter
             facts |= {"path": exporter.path, "queue_count": exporter.queue_count}
         return facts
+
+    def _waiting(self, stack: Stack) -> dict[str, Any]:
+        """``phase`` and ``waiting`` of a disk some of whose requests wait for its storage; nothing if none does."""
+        waiting = stack.patience.waiting()
+        if waiting is None or self._phase != "serving":
+            return {}
+        since = time.time() - (time.monotonic() - waiting.since)
+        error = os.strerror(waiting.error)
+        return {"phase": "waiting", "waiting": {"requests": waiting.requests, "since": since, "error": error}}
 
     def _write_state(self) -> None:
         control.write_state(self._spec.name, self._summary() | {"spec": asdict(self._spec)})

@@ -1,0 +1,124 @@
+"""Storage that is away, seen through a real server: the driver waits, the user is told, and everything ends as asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import SIZE, Machine, Server
+
+from vduse_blk import control
+from vduse_blk.testing.driver import IN, IOERR, OK, Request
+
+
+class Away:
+    """A served disk whose storage can be taken away: ``native``: its file is cut; ``plugin``: by the faults filter."""
+
+    def __init__(self, folder: Path, path: str) -> None:
+        self.path = path
+        more: dict[str, Any] = {"filters": ["faults"]} if path == "plugin" else {}
+        self.server = Server(folder, on_error="wait", **more)
+        self.machine = Machine()
+        self.frontend = self.machine.boot(self.server)
+
+    def leave(self) -> None:
+        if self.path == "native":
+            os.truncate(self.server.image, 0)
+        else:
+            self.server.call("set", values={"faults.error": "EIO"})
+
+    def come_back(self) -> None:
+        if self.path == "native":
+            os.truncate(self.server.image, SIZE)
+        else:
+            self.server.call("set", values={"faults.error": ""})
+
+    def reads(self, count: int) -> list[Request]:
+        requests = [self.machine.queue.request(IN, 8 * i, into=4096) for i in range(count)]
+        self.machine.queue.kick()
+        return requests
+
+    def until(self, state: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 10
+        while (info := self.server.call("info"))["phase"] != state:
+            assert time.monotonic() < deadline, info
+            time.sleep(0.01)
+        return info
+
+
+@pytest.fixture(params=["native", "plugin"])
+def away(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Away]:
+    away = Away(tmp_path, request.param)
+    yield away
+    away.frontend.close()
+    away.machine.close()
+    away.server.kill()
+
+
+def test_a_waiting_disk_says_so_and_goes_on_by_itself(away: Away) -> None:
+    """In info, in list, in the log; no request fails."""
+    assert away.server.call("info")["path"] == away.path
+    away.leave()
+    began = time.time()
+    requests = away.reads(16)
+    waiting = away.until("waiting")["waiting"]
+    assert waiting["error"] == "Input/output error"
+    assert abs(waiting["since"] - began) < 5
+    assert [disk.state for disk in control.all_disks()] == ["waiting"]
+    while away.server.call("info")["waiting"]["requests"] < 16:
+        time.sleep(0.01)
+    said = r"requests wait for it: \d+, for 0\.\d seconds by now; the last error: Input/output error"
+    assert re.search(said, away.server.text())
+    away.come_back()
+    away.machine.queue.run(*requests)
+    assert [request.status for request in requests] == [OK] * 16
+    info = away.until("serving")
+    assert "waiting" not in info
+    assert info["counters"]["read_errors"] == 0
+    assert "no request waits for it any more" in away.server.text()
+
+
+def test_from_wait_to_fail_the_requests_end_and_back_they_wait(away: Away) -> None:
+    away.leave()
+    requests = away.reads(16)
+    away.until("waiting")
+    began = time.monotonic()
+    away.server.call("set", values={"on-error": "fail"})
+    away.machine.queue.run(*requests)
+    assert time.monotonic() - began < 1
+    assert {request.status for request in requests} == {IOERR}
+    assert away.machine.queue.read(0, 4096)[0] == IOERR
+    away.server.call("set", values={"on-error": "wait"})
+    requests = away.reads(4)
+    away.until("waiting")
+    away.come_back()
+    away.machine.queue.run(*requests)
+    assert {request.status for request in requests} == {OK}
+
+
+@pytest.mark.parametrize("end", ["detach", "term"])
+@pytest.mark.parametrize("hangs", [False, True], ids=["waiting", "hanging"])
+def test_a_disk_that_waits_or_hangs_can_be_removed(away: Away, end: str, hangs: bool) -> None:
+    """Within a moment, with errors for what is in flight."""
+    if hangs and away.path == "plugin":  # nothing hangs on purpose in C: there it waits both times
+        away.server.call("set", values={"faults.hang": "1"})
+        requests = away.reads(16)
+    else:
+        away.leave()
+        requests = away.reads(16)
+        away.until("waiting")
+    began = time.monotonic()
+    if end == "detach":
+        away.server.call("detach", force=True)
+    else:
+        away.server.process.send_signal(signal.SIGTERM)
+    assert away.server.process.wait(10) == 0
+    assert time.monotonic() - began < 5
+    statuses = [away.machine.queue.get(request.status_iova, 1)[0] for request in requests]
+    assert set(statuses) == {IOERR}
