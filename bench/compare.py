@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.guest import CASES, DISTURBED, HOST_LOAD
+from bench.guest import CASES, DEVICE, DISTURBED, HOST_LOAD
 from bench.host_load import Feed
 from bench.report import Report, Row, best_peer
 from vduse_blk import __version__
@@ -90,14 +90,14 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
             way = place["servers"][best]["way"]
             title = f"{name} {case}"
             notes = (f"peer: {way}", *limits(ceiling, ours, peer))
-            least = next(known.least for known in CASES if known.name == case)
+            least = next(known.least for known in CASES if known.name == case) if name == DEVICE else 1.0
             yield Row(title, UNITS[unit], ours, peer, least=least, notes=notes)
             for key, what, detail_unit in (
                 ("server_cpu_us_per_io", "CPU of the server per I/O", "us"),
                 ("p99_us", "99 % of I/Os within", "us"),
             ):
                 mine, theirs = (values(runs, server, case, key) for server in ("ours", best))
-                demanded = CPU_LEAST.get(case) if key == "server_cpu_us_per_io" else None
+                demanded = CPU_LEAST.get(case) if name == DEVICE and key == "server_cpu_us_per_io" else None
                 details.append(Row(f"{title}: {what}", detail_unit, mine, theirs, less_is_better=True, least=demanded))
         for key, what in (("resident_kib", "resident memory"), ("unshared_kib", "of it unshared")):
             memory = {server: place["servers"][server][key] / 1024 for server in place["servers"]}

@@ -58,7 +58,7 @@ class Case:
     depth: int
     unit: str
     least: float = 1.0
-    """Ratio to the peer's best that is demanded."""
+    """Ratio to the peer's best that is demanded where there is a block device under the file; 1 is where there is none."""
 
     def run(self, blkgen: Path, device: str, seconds: float) -> dict[str, float]:
         words = (self.direction, self.pattern, self.block, self.depth, seconds)
@@ -87,6 +87,7 @@ class Place:
     ways: tuple[str, ...]
 
 
+DEVICE = "ext4"
 PLACES = (
     Place(
         "tmpfs",
@@ -97,7 +98,7 @@ PLACES = (
         ("aio=io_uring,cache.direct=on", "aio=native,cache.direct=on"),
     ),
     Place(
-        "ext4",
+        DEVICE,
         "a file on ext4 on a null_blk device with memory behind it, past the page cache",
         "?direct=1",
         ("aio=io_uring,cache.direct=on", "aio=native,cache.direct=on"),

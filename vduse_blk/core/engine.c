@@ -18,7 +18,8 @@
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
  * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
  * served by the first, but with plain calls: io_uring has nothing to wait for there but other CPUs that copy. That pays only
- * for large transfers, and only beside our own copying, so that nothing is lost where the other CPUs are busy.
+ * for large reads, and only beside our own copying, so that nothing is lost where the other CPUs are busy. Writes to one file
+ * happen one after the other wherever they are done: the kernel locks the inode.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -260,11 +261,8 @@ static void arm_poll(struct vb_engine *engine, int fd, uint64_t tag)
 /* Whether another CPU should copy this one, while we copy the next. */
 static bool hand_over(const struct vb_engine *engine, const struct vblk_req *req)
 {
-    if (req->length < INLINE_BYTES)
-        return false;
-    if (req->op == VBLK_WRITE)
-        return engine->handed_over != 0 || vring_pending(&engine->queue->ring) != 0;
-    return req->op == VBLK_READ && engine->handed_over < 2 * (engine->cpus - 1) && vring_pending(&engine->queue->ring) != 0;
+    return req->op == VBLK_READ && req->length >= INLINE_BYTES && engine->handed_over < 2 * (engine->cpus - 1) &&
+           vring_pending(&engine->queue->ring) != 0;
 }
 
 /* Start the next step of a request, or finish it. */

@@ -345,8 +345,7 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
     if (sqe == NULL)
         return TARGET_FULL;
     sqe->fd = 0; /* index of the registered file */
-    /* Writes not: handed over by force they lose their place in the file's line, and fight for its lock (io_prep_async_work). */
-    sqe->flags = (uint8_t)(IOSQE_FIXED_FILE | (file->in_memory && req->op == VBLK_READ ? IOSQE_ASYNC : 0));
+    sqe->flags = (uint8_t)(IOSQE_FIXED_FILE | (file->in_memory ? IOSQE_ASYNC : 0));
     switch (step.call) {
     case STEP_READ:
     case STEP_WRITE:
