@@ -132,10 +132,13 @@ def _delete(device: Device, inflight: InflightLog | None) -> None:
         server.stop()
 
 
-def main(name: str, directory: str | None = None) -> int:
-    """Exit status as ``UserError.exit_code``; the reason is the last line on standard error."""
+def main(*words: str) -> int:
+    """``[--force] NAME [DIRECTORY]``. Exit status as ``UserError.exit_code``; the reason is the last line on standard
+    error."""
+    force = words[0] == "--force"
+    name, *directory = words[force:]
     try:
-        remove_leftover(name, Path(directory) if directory is not None else None)
+        remove_leftover(name, Path(directory[0]) if directory else None, force=force)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -61,9 +61,11 @@ async def netlink(verb: str, name: str) -> None:
     await _run_module("pyvduse.vdpa", verb, name)
 
 
-async def remove_leftover(name: str, directory: Path | None) -> None:
-    """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use, or served."""
-    await _run_module("vduse_blk.exporters.vduse.cleanup", name, *([str(directory)] if directory is not None else []))
+async def remove_leftover(name: str, directory: Path | None, *, force: bool = False) -> None:
+    """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use (unless ``force``),
+    or served."""
+    words = [str(directory)] if directory is not None else []
+    await _run_module("vduse_blk.exporters.vduse.cleanup", *(["--force"] if force else []), name, *words)
 
 
 async def _run_module(module: str, *words: str) -> None:
@@ -107,6 +109,16 @@ def find_disk(name: str) -> str | None:
     for found in sorted(vdpa_device(name).glob("virtio*/block/*")):
         return found.name
     return None
+
+
+def disk_size(disk: str) -> int:
+    """Bytes, as the driver knows it."""
+    return int(Path("/sys/class/block", disk, "size").read_text()) * 512
+
+
+def in_flight(disk: str) -> int:
+    """Requests that the driver has given out and that are not answered."""
+    return sum(map(int, Path("/sys/class/block", disk, "inflight").read_text().split()))
 
 
 def bound_driver(name: str) -> str | None:

@@ -105,7 +105,7 @@ class DeviceServer:
         self._thread.start()
 
     def wait_until_taken_over(self) -> None:
-        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what went wrong."""
+        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong."""
         self._taken_over.wait()
 
     def stop(self) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of, locks_on, loops_over
 from vduse_blk.block.linux import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, statx
@@ -93,6 +93,7 @@ class FileBackend(Backend):
         read_only: bool = field(default=False, metadata=about("open for reading only"))
 
     options: Options
+    fence = Fence.OPEN  # the lock: the kernel drops it after the last I/O
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

@@ -12,7 +12,7 @@ import mmap
 from dataclasses import dataclass, field
 from typing import Final
 
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.linux import munlock
 from vduse_blk.block.native import MemoryTarget
@@ -29,6 +29,7 @@ class MemoryBackend(Backend):
         size: Size = field(metadata=about("size of the disk", place=True))
 
     options: Options
+    fence = Fence.LOST
 
     async def open(self) -> BlockInfo:
         size = self.options.size

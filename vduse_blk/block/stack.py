@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.native import NativeTarget
 
@@ -81,6 +81,11 @@ class Stack:
     def info(self) -> BlockInfo:
         """The disk as it is now."""
         return self._info
+
+    @property
+    def fence(self) -> Fence:
+        """What makes taking this disk over from a dead server safe."""
+        return self._backend.fence
 
     # ----------------------------------------------------------------------------------------------- lifetime
 
