@@ -415,6 +415,7 @@ def read_events(name: str) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------- WorkerSpec
 
 PATHS: Final = ("auto", "native", "plugin")
+RESTARTS: Final = ("no", "on-failure")
 BLOCK_SIZES: Final = (512, 1024, 2048, 4096)
 MIN_QUEUE_SIZE: Final = 4  # header, one data segment, status, and one to spare, as one chain without indirect
 MAX_QUEUE_SIZE: Final = 32768  # virtio 1.2, 2.7: the largest split queue
@@ -456,6 +457,8 @@ class WorkerSpec:
     """Ways to present the disk, as ``vduse_blk.exports`` understands them."""
     timeout: float | None = None
     """Seconds after which whoever waits gives up; None: nobody does."""
+    restart: str = "no"
+    """``on-failure``: a monitor starts a server that dies again."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -480,6 +483,8 @@ class WorkerSpec:
             raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
+        if self.restart not in RESTARTS:
+            raise _unusable("restart", self.restart, ", ".join(RESTARTS))
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
             raise _unusable("timeout", self.timeout, TIMEOUT_RULE)
 
@@ -525,6 +530,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "ready_fd": (int, True),
     "exports": (tuple, False),
     "timeout": (float, True),
+    "restart": (str, False),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import CLI, assert_nothing_left, cli, image, info, run, servers, wait_until
+from tests.kernel.host import assert_nothing_left, cli, image, info, servers, wait_until
 from vduse_blk.exporter import KILL_ENV
 
 MIB = 1 << 20

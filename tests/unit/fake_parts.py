@@ -4,6 +4,8 @@
 ``FAKE_START``: "slow": the start does not end by itself; files "begun" and "undone" beside the disk's directory tell.
 "fail": it does.
 
+``FAKE_LIFE``: "short": it dies as soon as it serves.
+
 ``Kept`` is an export that outlives its server, as a kernel device does: it exists while there is a file "kept" beside the
 disk's directory. ``FAKE_USED``: it has users. ``Durable`` is storage that may be taken over, but not while there is a file
 "under-way".
@@ -18,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk import control
+from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.block.contract import BlockInfo, Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.exporter import Endpoint, Exporter
@@ -104,6 +106,8 @@ class Kept(Export):
         return 17 if self.options.adopt else 0
 
     async def start(self) -> Endpoint:
+        if os.environ.get("FAKE_LIFE") == "short":
+            self._loop.call_later(0.1, os.abort)
         assert self.options.adopt is self._mark.exists()
         endpoint = await super().start()
         self._mark.touch()

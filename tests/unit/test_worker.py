@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from vduse_blk import control
+from vduse_blk.block.holders import take_from
 from vduse_blk.control import ControlError, Exit
 
 HERE = Path(__file__).parent
@@ -39,6 +40,7 @@ class Server:
         spec: dict[str, Any],
         prepare: Callable[[], object],
         pass_fds: Sequence[int],
+        command: Sequence[str],
     ) -> None:
         parts = folder / "fake_parts-1.dist-info"
         parts.mkdir(exist_ok=True)
@@ -52,7 +54,7 @@ class Server:
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vduse_blk.worker"],
+                [sys.executable, *command],
                 stdin=subprocess.PIPE,
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": ":".join(filter(None, paths))} | env,
@@ -86,11 +88,15 @@ def start(run_dir: Path, tmp_path: Path) -> Iterator[Start]:
     servers = []
 
     def start(
-        *, prepare: Callable[[], object] = lambda: None, pass_fds: Sequence[int] = (), **how: Any
+        *,
+        prepare: Callable[[], object] = lambda: None,
+        pass_fds: Sequence[int] = (),
+        command: Sequence[str] = ("-m", "vduse_blk.worker"),
+        **how: Any,
     ) -> Server:
         env = {key: value for key, value in how.items() if key.isupper()}
         spec = {key: value for key, value in how.items() if not key.isupper()}
-        servers.append(Server(tmp_path, env, spec, prepare, pass_fds))
+        servers.append(Server(tmp_path, env, spec, prepare, pass_fds, command))
         return servers[-1]
 
     yield start
@@ -343,6 +349,75 @@ class TestLeaving:
             assert server.process.poll() is None, server.log
             time.sleep(0.01)
         assert server.call("ping")["phase"] == "serving"
+
+
+def monitored(start: Start, *, pause: float = 0.1, **how: Any) -> Server:
+    control.make_directory("d")  # as attach does
+    code = f"import sys; from vduse_blk.worker import monitor; monitor._PAUSE = {pause}; sys.exit(monitor.main())"
+    return start(command=("-c", code), restart="on-failure", **KEPT | how)
+
+
+def serving_pid(server: Server, *, other_than: int = 0) -> int:
+    """Process id of a server that serves."""
+    while True:
+        assert server.process.poll() is None, server.log
+        status = control.disk_status("d")
+        if status.state == "serving" and status.info["pid"] != other_than:
+            return int(status.info["pid"])
+        time.sleep(0.01)
+
+
+class TestMonitor:
+    def test_a_server_that_dies_is_followed_by_another(self, start: Start, run_dir: Path) -> None:
+        """Each takes the disk over; how each ended, and what was done again, can be read; detach ends both for good."""
+        monitor = monitored(start)
+        first = serving_pid(monitor)
+        os.kill(first, signal.SIGKILL)
+        second = serving_pid(monitor, other_than=first)
+        os.kill(second, signal.SIGSEGV)
+        third = serving_pid(monitor, other_than=second)
+        events = [(e["event"], e["pid"], e.get("signal"), e.get("replayed")) for e in control.read_events("d")]
+        assert events == [
+            ("ended", first, signal.SIGKILL, None),
+            ("taken over", second, None, 17),
+            ("ended", second, signal.SIGSEGV, None),
+            ("taken over", third, None, 17),
+        ]
+        assert control.disk_status("d").info["monitor"] == monitor.process.pid
+        monitor.call("detach")
+        assert monitor.process.wait(30) == 0
+        assert list(run_dir.iterdir()) == []
+
+    def test_a_start_that_fails_is_not_repeated(self, start: Start, run_dir: Path) -> None:
+        monitor = monitored(start, FAKE_START="fail")
+        assert monitor.process.wait(30) == Exit.UNSUPPORTED
+        assert control.disk_names() == []
+
+    def test_a_server_that_dies_at_once_is_given_up(self, start: Start) -> None:
+        """Ten in a row; then the disk stays for somebody to look at."""
+        monitor = monitored(start, pause=0.001, FAKE_LIFE="short")
+        assert monitor.process.wait(60) == Exit.FAILED
+        assert control.read_events("d")[-1]["event"] == "given up"
+        assert "10 servers in a row have ended" in monitor.log
+        assert control.disk_status("d").state == "dead"
+
+    def test_a_signal_is_the_servers(self, start: Start) -> None:
+        """The monitor ends as its server does, and starts no other."""
+        monitor = monitored(start, FAKE_USED="1", prepare=heeding(signal.SIGTERM))
+        serving_pid(monitor)
+        monitor.process.send_signal(signal.SIGTERM)
+        assert monitor.process.wait(30) == Exit.LEFT
+        assert control.disk_status("d").state == "dead"
+
+    def test_a_disk_that_is_removed_meanwhile_is_left_alone(self, start: Start, run_dir: Path) -> None:
+        monitor = monitored(start)
+        pid = serving_pid(monitor)
+        lock = take_from(pid, str(run_dir / "d"))
+        assert lock is not None
+        os.kill(pid, signal.SIGKILL)
+        assert monitor.process.wait(30) == 0
+        control.remove_directory("d", locked_fd=lock)
+        os.close(lock)
 
 
 class TestRunDirectory:

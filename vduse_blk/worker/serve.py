@@ -78,7 +78,8 @@ class Worker:
 
     async def run(self) -> Exit:
         """Returns when the disk is gone, or left to the next server (``Exit.LEFT``). Raises UserError if it could not be
-        started (and nothing is left that was not there before), or if the disk is gone and its storage could not be closed."""
+        started (and nothing is left that was not there before), or if the disk is gone and its storage could not be
+        closed."""
         wanted = parse_exports(self._spec.exports)
         lock = control.lock_directory(self._spec.name)
         try:
@@ -119,6 +120,8 @@ class Worker:
                 if self._predecessor is not None:
                     for export in self._exports:
                         await export.exporter.leave()
+                    self._phase = "failed"
+                    self._note_state()
                 elif self._exports:
                     await self._stop_exports()
                 if not self._is_left():
@@ -548,6 +551,8 @@ class Worker:
             facts |= {"path": exporter.path, "queue_count": exporter.queue_count}
         if self._predecessor is not None:
             facts["taken_over"] = True
+        if spec.restart != "no":
+            facts["monitor"] = os.getppid()
         return facts
 
     def _write_state(self) -> None:
