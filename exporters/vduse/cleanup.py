@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.left import lost_sentence
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control
@@ -87,7 +86,7 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
         raise
     with device:
         if device.is_broken() and (disk := kernel.find_disk(name)) is not None and kernel.in_flight(disk):
-            raise UserError(lost_sentence(name, disk), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
+            raise UserError(kernel.given_up(name), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
         if kernel.vdpa_device(name).exists():
             inflight = _inflight(directory)
             try:

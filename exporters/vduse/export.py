@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.left import lost_sentence, open_inflight
+from vduse_blk.exporters.vduse.left import open_inflight
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control, DeviceConfig
@@ -182,7 +182,7 @@ class VduseExporter(Exporter):
         self._here.callback(self._after, device.close, "closed")
         reached("taken")
         if device.is_broken():
-            raise UserError(lost_sentence(self.name, disk), exit_code=1)
+            raise UserError(kernel.given_up(self.name), exit_code=1)
         refusal = self._virtio.refusal(device.features())
         if refusal is not None:
             raise UserError(f"disk '{self.name}' cannot be taken over: {refusal}", exit_code=1)

@@ -121,6 +121,19 @@ def in_flight(disk: str) -> int:
     return sum(map(int, Path("/sys/class/block", disk, "inflight").read_text().split()))
 
 
+def given_up(name: str) -> str:
+    """Of a device that the kernel has declared broken: what can still be done, as a sentence."""
+    disk = find_disk(name)
+    waiting = in_flight(disk) if disk is not None else 0
+    why = f"the kernel has given disk '{name}' up, because a control message was not answered in time"
+    if waiting:
+        return (
+            f"{why}; {waiting} requests are in flight that nobody can answer any more: it cannot be saved, and goes only "
+            "with a reboot"
+        )
+    return f"{why}; `vduse-blk detach {name} --force` removes it"
+
+
 def bound_driver(name: str) -> str | None:
     """Bus driver of the vdpa device: "virtio_vdpa", "vhost_vdpa" or None."""
     link = vdpa_device(name) / "driver"

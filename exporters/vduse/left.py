@@ -15,18 +15,6 @@ from vduse_blk.block.errors import UserError
 from vduse_blk.queue import InflightLog
 
 
-def lost_sentence(name: str, disk: str | None) -> str:
-    """Of a device that the kernel has given up: what can still be done."""
-    waiting = kernel.in_flight(disk) if disk is not None else 0
-    why = f"the kernel has given disk '{name}' up, because a control message was not answered in time"
-    if waiting:
-        return (
-            f"{why}; {waiting} requests are in flight that nobody can answer any more: it cannot be saved, and goes only "
-            "with a reboot"
-        )
-    return f"{why}; `vduse-blk detach {name} --force` removes it"
-
-
 def open_inflight(directory: Path, device: Device) -> InflightLog:
     """The log of what the dead server had in flight. Raises UserError: without it nobody may take over."""
     path = directory / INFLIGHT_FILE
@@ -63,7 +51,7 @@ def look(name: str) -> dict[str, Any]:
     try:
         with Device.open(name) as device:
             if device.is_broken():
-                found["broken"] = lost_sentence(name, disk)
+                found["broken"] = kernel.given_up(name)
     except VduseError:
         pass  # somebody has it open: it is being taken over, or its server's last thread hangs in the kernel
     return found

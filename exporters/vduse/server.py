@@ -30,6 +30,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from vduse_blk.exporters.vduse import kernel
+
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
 from pyvduse.messages import (
@@ -161,10 +163,7 @@ class DeviceServer:
                     else:
                         # Level-triggered and for ever: leave it, or this loop never sleeps again.
                         poll.unregister(fd)
-                        self._fail(
-                            "the kernel has given the device up (a control message was not answered in time); "
-                            "detach and attach again"
-                        )
+                        self._fail(kernel.given_up(self._device.name))
                 except Exception:
                     log.exception("%s: bug while serving the kernel", self._device.name)
 

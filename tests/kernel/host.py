@@ -81,7 +81,7 @@ def servers() -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if process.name.isdigit() and b"vduse_blk.worker" in (process / "cmdline").read_bytes():
+            if process.name.isdigit() and b"vduse_blk.worker\0" in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
     return found
 
@@ -112,3 +112,40 @@ def wait_until(condition: Any, what: str, timeout: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.05)
+
+
+def in_flight(device: str) -> int:
+    """Requests of a disk that nobody has answered."""
+    return sum(map(int, Path("/sys/class/block", Path(device).name, "inflight").read_text().split()))
+
+
+class SlowStorage:
+    """A block device that answers nothing while it is suspended."""
+
+    def __init__(self, name: str) -> None:
+        self.path = f"/dev/mapper/{name}"
+        self._name = name
+
+    def suspend(self) -> None:
+        """What comes from now on hangs, in the kernel."""
+        run("dmsetup", "suspend", "--noflush", "--nolockfs", self._name)
+
+    def resume(self) -> None:
+        run("dmsetup", "resume", self._name)
+
+
+@contextlib.contextmanager
+def slow_storage(folder: Path) -> Iterator[SlowStorage]:
+    """16 MiB of it; it answers in the end."""
+    loop = run("losetup", "--find", "--show", image(folder / "slow.img", 16 << 20)).stdout.strip()
+    try:
+        run("dmsetup", "create", "vduse-blk-slow", "--table", f"0 32768 linear {loop} 0")
+        slow = SlowStorage("vduse-blk-slow")
+        try:
+            run("dmsetup", "mknodes")
+            yield slow
+        finally:
+            slow.resume()
+            run("dmsetup", "remove", "--retry", "vduse-blk-slow")
+    finally:
+        run("losetup", "-d", loop)

@@ -55,6 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vduse_blk.cli": (
         "vduse_blk.block",
         "vduse_blk.control",
+        "vduse_blk.record",
         "vduse_blk.registry",
         "vduse_blk.source",
         "vduse_blk.exports",

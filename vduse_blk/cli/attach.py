@@ -108,7 +108,8 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
             client.call("detach", force=True)
         raise ControlError(f"cannot print the path of the disk ({e.strerror}); it was removed", Exit.FAILED) from e
     if not as_json:
-        output.say(f"disk '{ready['name']}' is {'taken over' if ready.get('taken_over') else 'ready'}; `vduse-blk detach {ready['name']}` removes it")
+        came = "taken over" if ready.get("taken_over") else "ready"
+        output.say(f"disk '{ready['name']}' is {came}; `vduse-blk detach {ready['name']}` removes it")
 
 
 @click.command(short_help="Make a disk and serve it in the foreground.")

@@ -9,8 +9,8 @@ served again: the next server takes it over, and what became of the last one is 
                          … too often      given up: the disk stays as it is, its users wait
 
 It holds nothing of the disk. A duplicate of the device's descriptor would keep the kernel from giving a message that the
-dead server had read and not answered to the next one; whoever needs the descriptor of a server that hangs takes it from there
-(``block.holders.take_from``). It ends when the disk's directory is gone or another server has it.
+dead server had read and not answered to the next one; whoever needs the descriptor of a server that hangs takes it from
+there (``block.holders.take_from``). It ends when the disk's directory is gone or another server has it.
 """
 
 from __future__ import annotations
