@@ -11,14 +11,12 @@ from typing import Any, Final
 
 import click
 
-from vduse_blk import control, record, registry
-from vduse_blk.block.contract import Fence
+from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option
 from vduse_blk.control import ControlError
-from vduse_blk.source import parse_source
 
 STATE_STYLES: Final = {
     "serving": "green",
@@ -77,6 +75,10 @@ def _looked_at(disk: control.DiskStatus) -> dict[str, Any]:
         return found
     if not found:
         return {"way_out": f"`vduse-blk detach {disk.name}` removes what is left of it"}
+    from vduse_blk import record, registry
+    from vduse_blk.block.contract import Fence
+    from vduse_blk.source import parse_source
+
     try:
         known = record.read(disk.name)
         if known is None:
