@@ -87,7 +87,8 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
     with device:
         if device.is_broken() and (disk := kernel.find_disk(name)) is not None and kernel.in_flight(disk):
             raise UserError(kernel.given_up(name), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
-        if kernel.vdpa_device(name).exists():
+        # A DEV_DEL under way has taken the device out of sysfs, and waits for its requests all the same: the driver knows.
+        if kernel.vdpa_device(name).exists() or (not device.is_broken() and device.features()):
             inflight = _inflight(directory)
             try:
                 _delete(device, inflight)
