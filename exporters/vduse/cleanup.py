@@ -96,7 +96,16 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
                 if inflight is not None:
                     inflight.close()
     with Control.open() as control:
-        control.destroy(name)
+        try:
+            control.destroy(name)
+        except VduseError as error:
+            if error.errno != errno.EBUSY or node is None:
+                raise
+            raise UserError(
+                f"disk '{name}' is gone and its users were told, but its killed server hangs in the kernel and keeps the name "
+                f"until its storage answers; then `vduse-blk detach {name} --force` frees it",
+                exit_code=_BUSY,
+            ) from error
     kernel.remove_link(name)
     return True
 

@@ -117,35 +117,3 @@ def wait_until(condition: Any, what: str, timeout: float = 30) -> None:
 def in_flight(device: str) -> int:
     """Requests of a disk that nobody has answered."""
     return sum(map(int, Path("/sys/class/block", Path(device).name, "inflight").read_text().split()))
-
-
-class SlowStorage:
-    """A block device that answers nothing while it is suspended."""
-
-    def __init__(self, name: str) -> None:
-        self.path = f"/dev/mapper/{name}"
-        self._name = name
-
-    def suspend(self) -> None:
-        """What comes from now on hangs, in the kernel."""
-        run("dmsetup", "suspend", "--noflush", "--nolockfs", self._name)
-
-    def resume(self) -> None:
-        run("dmsetup", "resume", self._name)
-
-
-@contextlib.contextmanager
-def slow_storage(folder: Path) -> Iterator[SlowStorage]:
-    """16 MiB of it; it answers in the end."""
-    loop = run("losetup", "--find", "--show", image(folder / "slow.img", 16 << 20)).stdout.strip()
-    try:
-        run("dmsetup", "create", "vduse-blk-slow", "--table", f"0 32768 linear {loop} 0")
-        slow = SlowStorage("vduse-blk-slow")
-        try:
-            run("dmsetup", "mknodes")
-            yield slow
-        finally:
-            slow.resume()
-            run("dmsetup", "remove", "--retry", "vduse-blk-slow")
-    finally:
-        run("losetup", "-d", loop)

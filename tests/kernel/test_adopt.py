@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host import (
-    CLI,
-    RUN,
     assert_nothing_left,
     cli,
     image,
-    in_flight,
     info,
-    run,
     servers,
-    slow_storage,
     wait_until,
 )
 from vduse_blk.exporter import KILL_ENV
@@ -79,37 +74,6 @@ def test_killed_at_every_step_of_taking_over(tmp_path: Path) -> None:
     refused = cli("attach", disk, "--name", "a", check=False)
     assert refused.returncode == 4
     cli("detach", "a")
-    assert_nothing_left()
-
-
-def test_what_the_dead_server_wrote_lands_before_anything_of_its_successor(tmp_path: Path) -> None:
-    """Its write hangs in the storage when it is killed: nobody takes over before that write has landed, and then it is done
-    again. Without the fence, what the disk's users write next would be overwritten by it later."""
-    with slow_storage(tmp_path) as slow:
-        source = f"file:{slow.path}?direct=1"
-        device = cli("attach", source, "--name", "a").stdout.strip()
-        slow.suspend()
-        (tmp_path / "old").write_bytes(b"o" * 4096)
-        with subprocess.Popen(["dd", f"if={tmp_path / 'old'}", f"of={device}", "oflag=direct", "bs=4k"]) as dd:
-            wait_until(lambda: in_flight(device) > 0, "the write is under way")
-            kill_server()
-            what = info("a")
-            assert (what["state"], what["waiting"]) == ("dead", 1)
-            assert "serves it again" in what["way_out"]
-            assert f"'{source}' --name a" in what["way_out"]
-            with subprocess.Popen([*CLI, "attach", source, "--name", "a"], stdout=subprocess.DEVNULL) as attach:
-                log = RUN / "a/log"
-                wait_until(lambda: "waiting for the last I/O of the dead server" in log.read_text(), "it waits", 60)
-                assert attach.poll() is None
-                assert dd.poll() is None
-                slow.resume()
-                assert attach.wait(60) == 0
-            assert dd.wait(60) == 0
-        (tmp_path / "new").write_bytes(b"n" * 4096)
-        run("dd", f"if={tmp_path / 'new'}", f"of={device}", "oflag=direct", "bs=4k")
-        run("cmp", "-n", "4096", device, tmp_path / "new")
-        run("cmp", "-n", "4096", slow.path, tmp_path / "new")
-        cli("detach", "a")
     assert_nothing_left()
 
 
