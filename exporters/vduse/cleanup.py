@@ -102,8 +102,8 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
             if error.errno != errno.EBUSY or node is None:
                 raise
             raise UserError(
-                f"disk '{name}' is gone and its users were told, but its killed server hangs in the kernel and keeps the name "
-                f"until its storage answers; then `vduse-blk detach {name} --force` frees it",
+                f"disk '{name}' is gone and its users were told, but its killed server hangs in the kernel and keeps "
+                f"the name until its storage answers; then `vduse-blk detach {name} --force` frees it",
                 exit_code=_BUSY,
             ) from error
     kernel.remove_link(name)
