@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,12 @@ class Device:
                 return False
             raise VduseError("write of a response", self._me, error.errno or 0) from error
         return True
+
+    def is_broken(self) -> bool:
+        """Whether the kernel has given the device up for good: a message was not answered within ``msg_timeout``."""
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
 
     # ------------------------------------------------------------------------------------------- device and queues
 

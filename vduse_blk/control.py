@@ -63,6 +63,7 @@ class Exit(IntEnum):
     DENIED = 5  # not root, or no access
     UNSUPPORTED = 6  # the host cannot do it: `vduse-blk doctor` explains
     TIMEOUT = 7
+    LEFT = 8  # of a server: ended as asked, and its disk waits for the next one
 
 
 class ControlError(UserError):
@@ -390,13 +391,17 @@ def read_state(name: str) -> dict[str, Any]:
 def write_state(name: str, state: Mapping[str, Any]) -> None:
     """Replace ``state.json`` (0600) in one step: a reader sees the old text or the new one, never half. Raises
     ``ControlError`` (exit 1) with the path, for instance if the file system is full."""
-    path = DiskPaths.of(name).state
-    temporary = path.with_name("state.json.new")
+    replace_json(DiskPaths.of(name).state, state)
+
+
+def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As ``write_state``, for any file of a disk's directory."""
+    temporary = path.with_name(f"{path.name}.new")
     try:
         temporary.unlink(missing_ok=True)  # of a server that died over it, or a FIFO in which we would wait
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "wb") as file:
-            file.write(json.dumps(state, indent=1).encode() + b"\n")
+            file.write(json.dumps(value, indent=1).encode() + b"\n")
         os.replace(temporary, path)
     except OSError as e:
         with suppress(OSError):
@@ -404,9 +409,49 @@ def write_state(name: str, state: Mapping[str, Any]) -> None:
         raise ControlError(f"cannot write {path}: {e.strerror}", Exit.FAILED) from e
 
 
+_EVENTS: Final = "events"
+_MAX_EVENTS: Final = 1 << 16
+"""Bytes of the file after which its older half goes."""
+_SHOWN_EVENTS: Final = 10
+
+
+def add_event(name: str, **facts: Any) -> None:
+    """Note in the disk's directory what became of a server; ``facts`` are JSON values. Best effort: a disk goes on whatever
+    becomes of the run directory."""
+    path = DiskPaths.of(name).directory / _EVENTS
+    line = encode_message({"time": time.time(), **facts})
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        with open(fd, "rb+", buffering=0) as file:
+            size = os.fstat(fd).st_size
+            if size > _MAX_EVENTS:
+                kept = os.pread(fd, _MAX_EVENTS // 2, size - _MAX_EVENTS // 2)
+                file.truncate(0)
+                line = kept[kept.index(b"\n") + 1 :] + line
+            file.write(line)
+    except (OSError, ValueError):
+        pass
+
+
+def read_events(name: str) -> list[dict[str, Any]]:
+    """What ``add_event`` has noted, oldest first; lines that are damaged are left out."""
+    try:
+        fd = os.open(DiskPaths.of(name).directory / _EVENTS, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            lines = file.read(2 * _MAX_EVENTS).splitlines()
+    except OSError:
+        return []
+    events = []
+    for line in lines:
+        with suppress(ValueError):
+            events.append(decode_message(line))
+    return events
+
+
 # ----------------------------------------------------------------------------------------------- WorkerSpec
 
 PATHS: Final = ("auto", "native", "plugin")
+RESTARTS: Final = ("no", "on-failure")
 BLOCK_SIZES: Final = (512, 1024, 2048, 4096)
 MIN_QUEUE_SIZE: Final = 4  # header, one data segment, status, and one to spare, as one chain without indirect
 MAX_QUEUE_SIZE: Final = 32768  # virtio 1.2, 2.7: the largest split queue
@@ -454,6 +499,8 @@ class WorkerSpec:
     """The same for lack of space."""
     filters: tuple[str, ...] = ()
     """Layers over the storage, the lowest first, as ``vduse_blk.source.parse_filter`` understands them."""
+    restart: str = "no"
+    """``on-failure``: a monitor starts a server that dies again."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -481,6 +528,8 @@ class WorkerSpec:
         Policy.parse("fail" if self.on_error is None else self.on_error, self.on_full)
         if self.path not in PATHS:
             raise _unusable("path", self.path, ", ".join(PATHS))
+        if self.restart not in RESTARTS:
+            raise _unusable("restart", self.restart, ", ".join(RESTARTS))
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
             raise _unusable("timeout", self.timeout, TIMEOUT_RULE)
 
@@ -530,6 +579,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "on_error": (str, True),
     "on_full": (str, False),
     "filters": (tuple, False),
+    "restart": (str, False),
 }
 
 
@@ -713,14 +763,19 @@ def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
     try:
         with Client(name, timeout) as client:
             info = client.call("info")
-            return DiskStatus(name, str(info.get("phase", "serving")), info)
+            return DiskStatus(name, str(info.get("phase", "serving")), info | _past(name))
     except NotServed:
-        return DiskStatus(name, "starting" if is_locked(name) else "dead", read_state(name))
+        return DiskStatus(name, "starting" if is_locked(name) else "dead", read_state(name) | _past(name))
     except ControlError as e:
         if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED, Exit.BUSY):
             raise
         # The conversation ended in the middle: the server is leaving, has left, or hangs.
-        return DiskStatus(name, "silent" if is_locked(name) else "dead", read_state(name))
+        return DiskStatus(name, "silent" if is_locked(name) else "dead", read_state(name) | _past(name))
+
+
+def _past(name: str) -> dict[str, Any]:
+    events = read_events(name)
+    return {"events": events[-_SHOWN_EVENTS:]} if events else {}
 
 
 def all_disks(timeout: float = 2.0) -> Iterator[DiskStatus]:

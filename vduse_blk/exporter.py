@@ -49,6 +49,8 @@ class ExportOptions:
     read_only: bool = False
     own: Any = CommonOptions()
     directory: Path | None = None
+    adopt: bool = False
+    """Take over what a dead server of this disk left, instead of making it anew. The storage's fence has been passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,25 @@ class Exporter(ABC):
     @abstractmethod
     async def start(self) -> Endpoint:
         """Present the disk. Raises UserError, with nothing left behind."""
+
+    @classmethod
+    def is_left(cls, name: str) -> bool:
+        """Whether a dead server left a disk of this name that has users, or may have: the next one must take it over."""
+        return False
+
+    @classmethod
+    async def fail_left(cls, name: str, directory: Path) -> None:
+        """Answer everything that such a disk has in flight with errors, and remove it. Raises UserError."""
+        raise NotImplementedError(f"{cls.__name__} leaves nothing")
+
+    async def leave(self) -> None:
+        """End with nothing in flight, and leave the disk for the next server, which its users wait for."""
+        await self.stop()
+
+    @property
+    def replayed(self) -> int:
+        """How many requests of a dead server were done again when this one took over."""
+        return 0
 
     @property
     def info(self) -> BlockInfo:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 from pathlib import Path
 
 from vduse_blk.exporters.vduse import kernel
@@ -31,6 +32,7 @@ from vduse_blk.virtio import Feature, VirtioBlkDevice
 log = logging.getLogger("vduse_blk.disk")
 
 _BUSY = 4
+_IDLE_SECONDS = 3.0
 
 
 class DiskInUse(UserError):
@@ -51,27 +53,30 @@ def check_unused(name: str) -> None:
         raise DiskInUse(f"disk '{name}' (/dev/{disk}) is in use: {'; '.join(map(str, holders))}", holders)
 
 
-def remove_leftover(name: str, directory: Path | None = None, *, force: bool = False) -> bool:
+def remove_leftover(
+    name: str, directory: Path | None = None, *, force: bool = False, node: int | None = None
+) -> bool:
     """Remove the kernel objects of a disk whose server is dead; returns whether there were any. ``directory``: where that
-    server kept its in-flight log.
+    server kept its in-flight log. ``node``: its descriptor of the device, which is ours now: it may hang in the kernel with
+    the node open, and then nobody can open it anew.
 
     Raises DiskInUse (exit 4) unless ``force``; UserError (exit 4) if a server still holds the device.
     """
     try:
-        return _remove_leftover(name, directory, force)
+        return _remove_leftover(name, directory, force, node)
     except VduseError as error:
         code = 5 if error.errno in (errno.EPERM, errno.EACCES) else 1
         raise UserError(str(error), exit_code=code) from error
 
 
-def _remove_leftover(name: str, directory: Path | None, force: bool) -> bool:
+def _remove_leftover(name: str, directory: Path | None, force: bool, node: int | None) -> bool:
     if not kernel.exists(name):
         kernel.remove_link(name)
         return False
     if not force:
         check_unused(name)
     try:
-        device = Device.open(name)
+        device = Device.open(name) if node is None else Device.from_fd(name, node)
     except VduseError as error:
         if error.errno == errno.EBUSY:
             raise UserError(
@@ -80,7 +85,10 @@ def _remove_leftover(name: str, directory: Path | None, force: bool) -> bool:
             ) from error
         raise
     with device:
-        if kernel.vdpa_device(name).exists():
+        if device.is_broken() and (disk := kernel.find_disk(name)) is not None and kernel.in_flight(disk):
+            raise UserError(kernel.given_up(name), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
+        # A DEV_DEL under way has taken the device out of sysfs, and waits for its requests all the same: the driver knows.
+        if kernel.vdpa_device(name).exists() or (not device.is_broken() and device.features()):
             inflight = _inflight(directory)
             try:
                 _delete(device, inflight)
@@ -88,7 +96,16 @@ def _remove_leftover(name: str, directory: Path | None, force: bool) -> bool:
                 if inflight is not None:
                     inflight.close()
     with Control.open() as control:
-        control.destroy(name)
+        try:
+            control.destroy(name)
+        except VduseError as error:
+            if error.errno != errno.EBUSY or node is None:
+                raise
+            raise UserError(
+                f"disk '{name}' is gone and its users were told, but its killed server hangs in the kernel and keeps "
+                f"the name until its storage answers; then `vduse-blk detach {name} --force` frees it",
+                exit_code=_BUSY,
+            ) from error
     kernel.remove_link(name)
     return True
 
@@ -126,16 +143,40 @@ def _delete(device: Device, inflight: InflightLog | None) -> None:
     server = DeviceServer(device, virtio, failing_queue, lambda sentence: None, inflight=inflight)
     server.start(adopt=True)
     try:
+        server.wait_until_taken_over()
+        if inflight is None:
+            _wait_until_idle(device.name)
         with Vdpa() as vdpa:
             vdpa.dev_del(device.name)
+    except VduseError as error:
+        # The dead server may have asked before us, and the kernel has gone on with it as soon as somebody answered.
+        if error.errno != errno.ENODEV:
+            raise
     finally:
         server.stop()
 
 
-def main(name: str, directory: str | None = None) -> int:
-    """Exit status as ``UserError.exit_code``; the reason is the last line on standard error."""
+def _wait_until_idle(name: str) -> None:
+    """DEV_DEL waits for every request, with a kernel lock held: better not asked than for ever. Raises UserError."""
+    disk = kernel.find_disk(name)
+    deadline = time.monotonic() + _IDLE_SECONDS
+    while disk is not None and kernel.in_flight(disk):
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"the record of what the dead server of disk '{name}' had in flight is lost, and {kernel.in_flight(disk)} "
+                "requests wait that nobody knows how to answer: it goes only with a reboot",
+                exit_code=1,
+            )
+        time.sleep(0.001)
+
+
+def main(*words: str) -> int:
+    """``[--force] NAME [DIRECTORY]``. Exit status as ``UserError.exit_code``; the reason is the last line on standard
+    error."""
+    force = words[0] == "--force"
+    name, *directory = words[force:]
     try:
-        remove_leftover(name, Path(directory) if directory is not None else None)
+        remove_leftover(name, Path(directory[0]) if directory else None, force=force)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

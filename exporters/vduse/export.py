@@ -2,8 +2,10 @@
 
 Attach:  modules → created (node exists) → configured → served (messages are answered) → added (DEV_NEW done) → bound →
 disk found and usable → linked. Each step registers its undoing before the next begins; a failure anywhere undoes all, last
-first. Detach runs the same undoings in the same order. The words are also the names at which tests kill the process
-(see ``reached``); ``cleanup`` then removes what is left, from any of them.
+first. Detach runs the same undoings in the same order.
+Adopt:  taken (the node is ours) → adopted (queues run, what was in flight is done again) → linked. A failure, and
+``leave``, undo only what is of this process; the disk stays for the next server. The words are also the names at which tests
+kill the process (see ``reached``); ``cleanup`` then removes what is left, from any of them.
 
 DEV_NEW and DEV_DEL block until the driver has probed or let go, which needs our own answers: they are sent by a process of
 their own, never by the thread that answers nor by the loop that serves plugin queues.
@@ -16,10 +18,13 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.left import open_inflight
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control, DeviceConfig
@@ -57,7 +62,8 @@ class VduseExporter(Exporter):
 
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         super().__init__(stack, name, options)
-        self._undo = AsyncExitStack()
+        self._here = AsyncExitStack()  # what is of this process: threads, descriptors
+        self._there = AsyncExitStack()  # what the kernel keeps without us
         self._disk: str | None = None
         self._leaving = False
         self._server: DeviceServer | None = None
@@ -81,23 +87,34 @@ class VduseExporter(Exporter):
 
     # ------------------------------------------------------------------------------------------------ contract
 
+    @classmethod
+    def is_left(cls, name: str) -> bool:
+        return kernel.find_disk(name) is not None
+
+    @classmethod
+    async def fail_left(cls, name: str, directory: Path) -> None:
+        await kernel.remove_leftover(name, directory, force=True)
+
     async def start(self) -> Endpoint:
         try:
-            await self._attach()
+            await (self._adopt() if self.options.adopt else self._attach())
         except BaseException as error:
             # What went wrong first is what the user hears; whoever comes next finds what could not be undone.
-            try:
-                await self._delete()
-            except UserError:
-                log.exception("%s: undoing", self.name)
-            try:
-                await self._undo.aclose()
-            except OSError:
-                log.exception("%s: undoing", self.name)
+            if not self.options.adopt:
+                await self._try_to_undo(self._delete)
+            await self._try_to_undo(self._here.aclose)
+            if not self.options.adopt:
+                await self._try_to_undo(self._there.aclose)
             if isinstance(error, OSError):
                 raise UserError(str(error), exit_code=5 if error.errno in (errno.EPERM, errno.EACCES) else 1) from error
             raise
         return Endpoint("block", f"/dev/{self._disk}")
+
+    async def _try_to_undo(self, undo: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await undo()
+        except (UserError, OSError):
+            log.exception("%s: undoing", self.name)
 
     async def resized(self, info: BlockInfo) -> None:
         self._factory.rules.set_capacity(info.size)
@@ -106,7 +123,15 @@ class VduseExporter(Exporter):
 
     async def stop(self) -> None:
         await self._delete()
-        await self._undo.aclose()
+        await self._here.aclose()
+        await self._there.aclose()
+
+    async def leave(self) -> None:
+        await self._here.aclose()
+
+    @property
+    def replayed(self) -> int:
+        return self._server.replayed if self._server is not None else 0
 
     def status(self) -> dict[str, Any]:
         assert self._server is not None
@@ -119,28 +144,71 @@ class VduseExporter(Exporter):
         if kernel.exists(self.name):
             await kernel.remove_leftover(self.name, self.options.directory)
         control = Control.open()
-        self._undo.callback(control.close)
+        self._there.callback(control.close)
         device = self._create(control)
         inflight = None
         if self.options.directory is not None:
             inflight = InflightLog.create(
                 self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
             )
-            self._undo.callback(inflight.close)
-        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, self._look_after_reset, inflight)
-        self._server = server
-        server.start()
-        self._undo.push_async_callback(asyncio.to_thread, server.stop)
+            self._here.callback(inflight.close)
+        self._serve(device, inflight).start()
         reached("served")
         # From here on a driver may be on top: it goes before anything is undone, see _delete.
         await kernel.netlink("add", self.name)
         reached("added")
         await asyncio.to_thread(kernel.bind_virtio_vdpa, self.name)
-        self._disk = await self._wait_for_disk(server)
+        self._disk = await self._wait_for_disk()
         reached("found")
-        self._undo.callback(kernel.remove_link, self.name)
         kernel.add_link(self.name, self._disk)
         reached("linked")
+
+    def _serve(self, device: Device, inflight: InflightLog | None) -> DeviceServer:
+        """A server that is not started, and stopped before its device is closed."""
+        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, self._look_after_reset, inflight)
+        self._server = server
+        self._here.push_async_callback(asyncio.to_thread, server.stop)
+        return server
+
+    async def _adopt(self) -> None:
+        """Raises UserError with the disk as it was."""
+        disk = kernel.find_disk(self.name)
+        if disk is None or self.options.directory is None:
+            raise UserError(f"disk '{self.name}' vanished while it was taken over", exit_code=1)
+        control = Control.open()
+        self._there.callback(control.close)
+        self._there.callback(self._destroy, control)
+        device = await self._open_node()
+        self._here.callback(self._after, device.close, "closed")
+        reached("taken")
+        if device.is_broken():
+            raise UserError(kernel.given_up(self.name), exit_code=1)
+        refusal = self._virtio.refusal(device.features())
+        if refusal is not None:
+            raise UserError(f"disk '{self.name}' cannot be taken over: {refusal}", exit_code=1)
+        inflight = open_inflight(self.options.directory, device)
+        self._here.callback(inflight.close)
+        server = self._serve(device, inflight)
+        server.start(adopt=True)
+        await asyncio.to_thread(server.wait_until_taken_over)
+        reached("adopted")
+        size = kernel.disk_size(disk)
+        if self.info.size > size:
+            server.resize(self._virtio.config()[:8])
+        self._disk = disk
+        kernel.add_link(self.name, disk)
+        reached("linked")
+
+    async def _open_node(self) -> Device:
+        """A dead server's threads that hang in the kernel keep it open, perhaps only for a moment."""
+        deadline = time.monotonic() + self.options.timeout
+        while True:
+            try:
+                return Device.open(self.name)
+            except VduseError as error:
+                if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(0.05)
 
     def _create(self, control: Control) -> Device:
         options = self.options
@@ -162,11 +230,11 @@ class VduseExporter(Exporter):
                     exit_code=4,
                 ) from error
             raise
-        self._undo.callback(self._destroy, control)
+        self._there.callback(self._destroy, control)
         reached("created")
         # Open from now on: the node is exclusive, and nobody can take the device for a dead server's.
         device = Device.open(self.name)
-        self._undo.callback(self._after, device.close, "closed")
+        self._here.callback(self._after, device.close, "closed")
         for index in range(self.queue_count):
             device.vq_setup(index, options.queue_size)
         device.bounce_size = bounce_size(self.queue_count, options.queue_size)
@@ -174,8 +242,10 @@ class VduseExporter(Exporter):
         reached("configured")
         return device
 
-    async def _wait_for_disk(self, server: DeviceServer) -> str:
+    async def _wait_for_disk(self) -> str:
         """DEV_NEW said yes; only the disk itself proves it."""
+        server = self._server
+        assert server is not None
         deadline = time.monotonic() + self.options.timeout
         while True:
             disk = kernel.find_disk(self.name)
@@ -218,6 +288,7 @@ class VduseExporter(Exporter):
             except UserError:
                 if kernel.vdpa_device(self.name).exists():
                     raise
+        kernel.remove_link(self.name)  # the kernel may give the same /dev/vdX to the next disk
         reached("deleted")
 
     @staticmethod

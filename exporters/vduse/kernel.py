@@ -61,9 +61,11 @@ async def netlink(verb: str, name: str) -> None:
     await _run_module("pyvduse.vdpa", verb, name)
 
 
-async def remove_leftover(name: str, directory: Path | None) -> None:
-    """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use, or served."""
-    await _run_module("vduse_blk.exporters.vduse.cleanup", name, *([str(directory)] if directory is not None else []))
+async def remove_leftover(name: str, directory: Path | None, *, force: bool = False) -> None:
+    """What a dead server of this name left goes, in a process of its own. Raises UserError: it is in use (unless ``force``),
+    or served."""
+    words = [str(directory)] if directory is not None else []
+    await _run_module("vduse_blk.exporters.vduse.cleanup", *(["--force"] if force else []), name, *words)
 
 
 async def _run_module(module: str, *words: str) -> None:
@@ -107,6 +109,29 @@ def find_disk(name: str) -> str | None:
     for found in sorted(vdpa_device(name).glob("virtio*/block/*")):
         return found.name
     return None
+
+
+def disk_size(disk: str) -> int:
+    """Bytes, as the driver knows it."""
+    return int(Path("/sys/class/block", disk, "size").read_text()) * 512
+
+
+def in_flight(disk: str) -> int:
+    """Requests that the driver has given out and that are not answered."""
+    return sum(map(int, Path("/sys/class/block", disk, "inflight").read_text().split()))
+
+
+def given_up(name: str) -> str:
+    """Of a device that the kernel has declared broken: what can still be done, as a sentence."""
+    disk = find_disk(name)
+    waiting = in_flight(disk) if disk is not None else 0
+    why = f"the kernel has given disk '{name}' up, because a control message was not answered in time"
+    if waiting:
+        return (
+            f"{why}; {waiting} requests are in flight that nobody can answer any more: it cannot be saved, and goes only "
+            "with a reboot"
+        )
+    return f"{why}; `vduse-blk detach {name} --force` removes it"
 
 
 def bound_driver(name: str) -> str | None:

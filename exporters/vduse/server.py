@@ -31,6 +31,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from vduse_blk.exporters.vduse import kernel
+
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
 from pyvduse.messages import (
@@ -86,12 +88,15 @@ class DeviceServer:
         self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
         self._status = 0
         self._started = False
+        self._taken_over = threading.Event()
         self.negotiated = 0
         """Driver features, 0 before FEATURES_OK."""
         self.refusal: str | None = None
         """Why FEATURES_OK was refused last."""
         self.broken: str | None = None
         """Why the kernel or a queue gave up, or None."""
+        self.replayed = 0
+        """Requests of a dead server that were done again, or failed, by ``start(adopt=True)``."""
 
     # ------------------------------------------------------------------------------------------- other threads
 
@@ -101,6 +106,10 @@ class DeviceServer:
         self._adopt = adopt
         self._started = True
         self._thread.start()
+
+    def wait_until_taken_over(self) -> None:
+        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong."""
+        self._taken_over.wait()
 
     def stop(self) -> None:
         """Stop answering, stop the queues, unmap. The device stays open; its owner closes it."""
@@ -137,6 +146,7 @@ class DeviceServer:
         poll.register(self._stop_fd, select.POLLIN)
         if self._adopt:
             self._adopt_queues()
+            self._taken_over.set()
         while True:
             if self._unserved:
                 self._start_queues()
@@ -154,10 +164,7 @@ class DeviceServer:
                     else:
                         # Level-triggered and for ever: leave it, or this loop never sleeps again.
                         poll.unregister(fd)
-                        self._fail(
-                            "the kernel has given the device up (a control message was not answered in time); "
-                            "detach and attach again"
-                        )
+                        self._fail(kernel.given_up(self._device.name))
                 except Exception:
                     log.exception("%s: bug while serving the kernel", self._device.name)
 
@@ -194,7 +201,8 @@ class DeviceServer:
             if served:
                 self._on_reset()
             return True
-        if status & Status.FEATURES_OK and not self._status & Status.FEATURES_OK:
+        # Not at DRIVER_OK, which a successor may get first: the message of a predecessor that died over it.
+        if status & Status.FEATURES_OK and not (status | self._status) & Status.DRIVER_OK:
             driver_features = self._device.features()
             self.refusal = self._virtio.refusal(driver_features)
             if self.refusal is not None:
@@ -262,6 +270,7 @@ class DeviceServer:
             queue = self._make_queue(index, True)
             queue.start(setup, self._iova)
         self._queues[index] = queue
+        self.replayed += queue.view().replayed
         # Kicks that came before this are latched by the kernel and delivered now.
         try:
             self._device.set_kickfd(index, self._kicks[index])
@@ -325,6 +334,8 @@ class DeviceServer:
         try:
             if self._device.features():
                 self._find_queues(resume=True)
+                if self._setups:
+                    self._status = int(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
                 self._start_queues()
                 self._interrupt_all()
         except Exception as error:

@@ -219,6 +219,29 @@ def test_a_bug_in_taking_over_leaves_somebody_who_answers(kernel: Kernel) -> Non
         assert kernel.flush(0) == OK
 
 
+def test_driver_ok_of_a_dead_server_is_confirmed_whatever_was_agreed(kernel: Kernel) -> None:
+    """A server that died over DRIVER_OK: whoever cleans up gets the message again, offers nothing the driver has accepted,
+    and says yes all the same; a refusal would leave the driver waiting with a kernel lock held."""
+    accepted = kernel.virtio.offered
+    kernel.features = lambda: accepted  # type: ignore[method-assign]
+    kernel.virtio = VirtioBlkDevice(BlockInfo(size=0), num_queues=2, queue_size=64, transport=Feature.ACCESS_PLATFORM.mask)
+    assert kernel.virtio.refusal(accepted)
+    with Served(kernel, adopt=True) as served:
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.flush(0) == kernel.flush(1) == OK
+        assert served.ready() == [True, True]
+
+
+def test_who_took_over_hears_of_the_reset(kernel: Kernel) -> None:
+    """The driver's going is the successor's business as it would have been the dead server's."""
+    resets: list[None] = []
+    with Served(kernel, adopt=True) as served:
+        served.server.wait_until_taken_over()
+        served.server._on_reset = lambda: resets.append(None)
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0)
+        assert len(resets) == 1
+
+
 def test_what_was_not_done_is_not_confirmed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmapping or a reset that fails is answered so, and the next driver gets fresh mappings."""
     with Served(kernel) as served:

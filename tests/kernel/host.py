@@ -81,7 +81,7 @@ def servers() -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if process.name.isdigit() and b"vduse_blk.worker" in (process / "cmdline").read_bytes():
+            if process.name.isdigit() and b"vduse_blk.worker\0" in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
     return found
 
@@ -112,3 +112,8 @@ def wait_until(condition: Any, what: str, timeout: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.05)
+
+
+def in_flight(device: str) -> int:
+    """Requests of a disk that nobody has answered."""
+    return sum(map(int, Path("/sys/class/block", Path(device).name, "inflight").read_text().split()))

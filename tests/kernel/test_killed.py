@@ -18,6 +18,8 @@ TOP = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 ATTACH = ("locked", "opened", "created", "configured", "served", "added", "found", "linked", "serving")
+ADOPT = ("taken", "adopted")  # test_adopt.py
+LEAVE = ("left",)  # test_serve.py
 DETACH = ("detaching", "deleted", "closed", "destroyed", "gone")
 RESIZE = ("resizing", "resized")
 
@@ -28,7 +30,7 @@ def test_every_step_is_in_a_list() -> None:
     for folder in ("vduse_blk", "exporters"):
         for path in (TOP / folder).rglob("*.py"):
             marked |= set(re.findall(r'(?:reached\(|_after, \w+\.\w+, )"(\w+)"\)', path.read_text()))
-    assert marked == {*ATTACH, *DETACH, *RESIZE}
+    assert marked == {*ATTACH, *ADOPT, *LEAVE, *DETACH, *RESIZE}
 
 
 @pytest.mark.parametrize("step", ATTACH)

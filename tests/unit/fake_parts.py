@@ -3,6 +3,12 @@
 ``FAKE_STOPS``: how many times ``stop`` fails before it succeeds. ``FAKE_CLOSE``: "fail": closing the storage does.
 ``FAKE_START``: "slow": the start does not end by itself; files "begun" and "undone" beside the disk's directory tell.
 "fail": it does.
+
+``FAKE_LIFE``: "short": it dies as soon as it serves.
+
+``Kept`` is an export that outlives its server, as a kernel device does: it exists while there is a file "kept" beside the
+disk's directory. ``FAKE_USED``: it has users. ``Durable`` is storage that may be taken over, but not while there is a file
+"under-way".
 """
 
 from __future__ import annotations
@@ -11,10 +17,12 @@ import asyncio
 import errno
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from vduse_blk import control
 from vduse_blk.backends.memory import MemoryBackend
-from vduse_blk.block.contract import BlockInfo
+from vduse_blk.block.contract import BlockInfo, Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.exporter import Endpoint, Exporter
 
@@ -56,3 +64,60 @@ class Storage(MemoryBackend):
         await super().close()
         if os.environ.get("FAKE_CLOSE") == "fail":
             raise OSError(errno.EIO, "the last write was lost")
+
+
+class Durable(Storage):
+    """Memory that passes for a file."""
+
+    fence = Fence.OPEN
+
+    async def open(self) -> BlockInfo:
+        if (control.run_root() / "under-way").exists():
+            raise UserError("a write of somebody dead is under way", 4)
+        return await super().open()
+
+
+class Careless(Storage):
+    """Storage that does not say how it fences."""
+
+    fence = Fence.UNKNOWN
+
+
+class Kept(Export):
+    """Stays without its server."""
+
+    for_this_host = True
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.queue_count = self.options.queues or 3
+        self._mark = control.run_root() / "kept"
+
+    @classmethod
+    def is_left(cls, name: str) -> bool:
+        return (control.run_root() / "kept").exists()
+
+    @classmethod
+    async def fail_left(cls, name: str, directory: Path) -> None:
+        (control.run_root() / "kept").rename(control.run_root() / "failed")
+
+    @property
+    def replayed(self) -> int:
+        return 17 if self.options.adopt else 0
+
+    async def start(self) -> Endpoint:
+        if os.environ.get("FAKE_LIFE") == "short":
+            self._loop.call_later(0.1, os.abort)
+        assert self.options.adopt is self._mark.exists()
+        endpoint = await super().start()
+        self._mark.touch()
+        return endpoint
+
+    async def stop(self) -> None:
+        if os.environ.get("FAKE_USED"):
+            raise control.ControlError("it is mounted on /mnt", control.Exit.BUSY)
+        await super().stop()
+        self._mark.unlink()
+
+    async def leave(self) -> None:
+        """The mark stays."""

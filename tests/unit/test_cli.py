@@ -21,6 +21,7 @@ import click
 import pytest
 
 from vduse_blk import control
+from vduse_blk.block.holders import take_from
 from vduse_blk.cli import attach as attach_module
 from vduse_blk.cli import detach as detach_module
 from vduse_blk.cli import launch, output
@@ -319,7 +320,7 @@ class TestRace:
         """Names of what was removed from the kernel."""
         names: list[str] = []
 
-        def remove(name: str, *, force: bool) -> None:
+        def remove(name: str, *, force: bool, node: int | None = None) -> None:
             assert control.is_locked(name)
             names.append(name)
 
@@ -420,6 +421,38 @@ class TestDetach:
         assert host.run("detach", "memory", "--force").returncode == 0
         assert host.names() == []
 
+    @pytest.mark.parametrize("how", ["mute", "stopped", "mortal"])
+    def test_force_waits_for_no_server(self, how: str, host: Host) -> None:
+        """One that answers nothing, is stopped, or dies when it is asked: within 5 seconds there is neither server nor disk,
+        and the name is free."""
+        host.run("attach", "memory:1G", fake="ready" if how == "stopped" else how)
+        pid = control.read_state("memory")["pid"]
+        if how == "stopped":
+            os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        done = host.run("detach", "memory", "--force")
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - began < 5
+        assert not is_running(pid)
+        assert host.names() == []
+        assert host.run("attach", "memory:1G").returncode == 0
+
+    def test_what_a_server_held_is_taken_before_it_is_killed(self, host: Host) -> None:
+        """The lock of the disk's directory is whoever's who removes it, without a moment in which it is nobody's."""
+        host.run("attach", "memory:1G", fake="mute")
+        pid = control.read_state("memory")["pid"]
+        taken = take_from(pid, str(host.run_dir / "memory"))
+        assert taken is not None
+        try:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: not is_running(pid))
+            assert control.is_locked("memory")
+        finally:
+            os.close(taken)
+        assert not control.is_locked("memory")
+        assert take_from(os.getpid(), str(host.run_dir / "nothing")) is None
+        assert take_from(os.getpid(), str(host.run_dir)) is None
+
     def test_no_such_disk(self, host: Host) -> None:
         """Exit 3, and the sentence says where names are to be found."""
         done = host.run("detach", "nothing")
@@ -438,7 +471,7 @@ class TestDetach:
         """Nobody attaches that name meanwhile; where somebody has begun to, nothing is removed: exit 4."""
         removed: list[str] = []
 
-        def remove(name: str, *, force: bool) -> None:
+        def remove(name: str, *, force: bool, node: int | None = None) -> None:
             assert control.is_locked(name)
             removed.append(name)
 

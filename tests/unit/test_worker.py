@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vduse_blk import control
+from vduse_blk.block.holders import take_from
 from vduse_blk.control import ControlError, Exit
 
 HERE = Path(__file__).parent
@@ -31,22 +33,33 @@ def run_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Server:
     """The server of disk "d". ``log`` is what it has written."""
 
-    def __init__(self, folder: Path, env: dict[str, str], spec: dict[str, Any], prepare: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        env: dict[str, str],
+        spec: dict[str, Any],
+        prepare: Callable[[], object],
+        pass_fds: Sequence[int],
+        command: Sequence[str],
+    ) -> None:
         parts = folder / "fake_parts-1.dist-info"
-        parts.mkdir()
+        parts.mkdir(exist_ok=True)
         (parts / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-parts\nVersion: 1\n")
         (parts / "entry_points.txt").write_text(
-            "[vduse_blk.exporters]\nfake = fake_parts:Export\n[vduse_blk.backends]\nfake = fake_parts:Storage\n"
+            "[vduse_blk.exporters]\nfake = fake_parts:Export\nkept = fake_parts:Kept\n"
+            "[vduse_blk.backends]\nfake = fake_parts:Storage\ndurable = fake_parts:Durable\n"
+            "careless = fake_parts:Careless\n"
         )
         paths = [str(folder), str(HERE), os.environ.get("PYTHONPATH", "")]
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vduse_blk.worker"],
+                [sys.executable, *command],
                 stdin=subprocess.PIPE,
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": ":".join(filter(None, paths))} | env,
                 preexec_fn=prepare,
+                pass_fds=pass_fds,
             )
         assert self.process.stdin is not None
         with self.process.stdin as stdin:
@@ -74,10 +87,16 @@ def start(run_dir: Path, tmp_path: Path) -> Iterator[Start]:
     """Start the server with environment variables (capitals) and keys of its specification."""
     servers = []
 
-    def start(*, prepare: Callable[[], object] = lambda: None, **how: Any) -> Server:
+    def start(
+        *,
+        prepare: Callable[[], object] = lambda: None,
+        pass_fds: Sequence[int] = (),
+        command: Sequence[str] = ("-m", "vduse_blk.worker"),
+        **how: Any,
+    ) -> Server:
         env = {key: value for key, value in how.items() if key.isupper()}
         spec = {key: value for key, value in how.items() if not key.isupper()}
-        servers.append(Server(tmp_path, env, spec, prepare))
+        servers.append(Server(tmp_path, env, spec, prepare, pass_fds, command))
         return servers[-1]
 
     yield start
@@ -249,3 +268,235 @@ class TestExport:
         options = server.call("info")["options"]
         assert options["directory"] == str(run_dir / "d")
         assert options["timeout"] == 60  # nobody waits: the default
+
+
+KEPT: dict[str, Any] = {"source": "durable:?size=1M", "exports": ["kept"]}
+
+
+def killed(start: Start, **how: Any) -> None:
+    """A disk that has lost its server."""
+    server = start(**KEPT | how)
+    server.until("serving")
+    server.process.kill()
+    server.process.wait()
+
+
+class TestTakingOver:
+    def test_the_same_disk_is_served_on(self, start: Start, run_dir: Path) -> None:
+        """The successor takes over instead of making the disk anew, and both what it did again and who did it are noted."""
+        killed(start)
+        assert control.disk_status("d").state == "dead"
+        server = start(**KEPT)
+        server.until("serving")
+        assert server.call("info")["options"]["adopt"] is True
+        (event,) = control.read_events("d")
+        assert (event["event"], event["pid"], event["replayed"]) == ("taken over", server.process.pid, 17)
+        server.call("detach")
+        assert server.process.wait(30) == 0
+        assert list(run_dir.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("change", "difference"),
+        [
+            ({"source": "durable:?size=2M"}, r"source: it has 'durable:\?size=1M', not 'durable:\?size=2M'"),
+            ({"queues": 2}, "queues: the disk has 3, not 2"),
+            ({"queue_size": 128}, "queue-size: the disk has 256, not 128"),
+            ({"block_size": 4096}, "block-size: the disk has 512, not 4096"),
+            ({"serial": "other"}, "serial: the disk has 'd', not 'other'"),
+            ({"read_only": True}, "read-only: the disk has no, not yes"),
+            ({"exports": ["kept", "fake"]}, "export: the disk has 'kept', not 'kept, fake'"),
+        ],
+    )
+    def test_another_disk_is_refused(self, change: dict[str, Any], difference: str, start: Start) -> None:
+        """The refusal names the difference and leaves everything as it was: the right one can still come."""
+        killed(start)
+        server = start(**KEPT | change)
+        assert server.process.wait(30) == Exit.BUSY
+        assert re.search(difference, server.log), server.log
+        assert "`vduse-blk detach d --force`" in server.log
+        server = start(**KEPT)
+        server.until("serving")
+
+    def test_the_default_number_of_queues_is_that_of_the_disk(self, start: Start) -> None:
+        """And not what this host or version would choose today."""
+        killed(start, queues=5)
+        server = start(**KEPT)
+        server.until("serving")
+        assert server.call("info")["queue_count"] == 5
+
+    @pytest.mark.parametrize("damage", ["lost", "damaged", "cut", "public", "another", "version", "link"])
+    def test_a_description_that_cannot_be_trusted_is_not(self, damage: str, start: Start, run_dir: Path) -> None:
+        killed(start)
+        path = run_dir / "d/disk.json"
+        text = path.read_text()
+        match damage:
+            case "lost":
+                path.unlink()
+            case "damaged":
+                path.write_text(text.replace('"size": 1048576', '"size": "much"'))
+            case "cut":
+                path.write_text(text[:40])
+            case "public":
+                path.chmod(0o644)
+            case "another":
+                path.write_text(text.replace('"name": "d"', '"name": "e"'))
+            case "version":
+                path.write_text(text.replace('"version": 1', '"version": 2'))
+            case "link":
+                path.rename(run_dir / "d/other")
+                path.symlink_to("other")
+        server = start(**KEPT)
+        assert server.process.wait(30) != 0
+        assert re.search("record is lost|cannot be trusted", server.log), server.log
+        assert (run_dir / "kept").exists()
+
+    def test_what_the_dead_one_has_under_way_is_waited_for(self, start: Start, run_dir: Path) -> None:
+        killed(start)
+        (run_dir / "under-way").touch()
+        server = start(**KEPT)
+        while "waiting for the last I/O of the dead server" not in server.log:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        assert server.call("ping")["phase"] == "starting"
+        (run_dir / "under-way").unlink()
+        server.until("serving")
+
+    def test_but_not_for_ever(self, start: Start, run_dir: Path) -> None:
+        killed(start)
+        (run_dir / "under-way").touch()
+        server = start(**KEPT, timeout=1)
+        assert server.process.wait(30) == Exit.BUSY
+        assert "I/O of its dead server may still be under way" in server.log
+        assert (run_dir / "kept").exists()
+
+    def test_memory_is_never_replaced_by_zeros(self, start: Start, run_dir: Path) -> None:
+        """A disk whose contents are gone is failed and removed, and whoever asked for it is told."""
+        killed(start, source="fake:?size=1M")
+        server = start(source="fake:?size=1M", exports=["kept"])
+        assert server.process.wait(30) == Exit.FAILED
+        assert "died with its server" in server.log
+        assert (run_dir / "failed").exists()
+        assert control.disk_names() == []
+
+    def test_storage_that_does_not_fence_is_not_taken_over(self, start: Start, run_dir: Path) -> None:
+        killed(start, source="careless:?size=1M")
+        server = start(source="careless:?size=1M", exports=["kept"])
+        assert server.process.wait(30) == Exit.BUSY
+        assert "does not say how writes of a dead server" in server.log
+        assert (run_dir / "kept").exists()
+
+    def test_a_successor_nobody_waits_for_leaves_the_disk(self, start: Start, run_dir: Path) -> None:
+        """Giving up undoes the taking over, not the disk."""
+        killed(start)
+        read, write = os.pipe()
+        os.set_inheritable(write, True)
+        server = start(**KEPT, ready_fd=write, pass_fds=[write])
+        os.close(write)
+        os.close(read)
+        assert server.process.wait(30) == Exit.FAILED
+        assert (run_dir / "kept").exists()
+        server = start(**KEPT)
+        server.until("serving")
+
+
+class TestLeaving:
+    def test_a_signal_leaves_a_used_disk_to_the_next_server(self, start: Start, run_dir: Path) -> None:
+        """The exit status and the log say so, and the next server takes it over."""
+        server = start(**KEPT, FAKE_USED="1", prepare=heeding(signal.SIGTERM))
+        server.until("serving")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == Exit.LEFT
+        assert "it is mounted on /mnt. The server ends" in server.log
+        assert control.read_state("d")["phase"] == "left"
+        server = start(**KEPT)
+        server.until("serving")
+
+    def test_but_not_one_that_ends_with_its_server(self, start: Start) -> None:
+        """Memory is served on: ending would destroy what its users have."""
+        server = start(source="fake:?size=1M", exports=["kept"], FAKE_USED="1", prepare=heeding(signal.SIGTERM))
+        server.until("serving")
+        server.process.send_signal(signal.SIGTERM)
+        while "still serving: it is mounted on /mnt; nobody could take it over" not in server.log:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        assert server.call("ping")["phase"] == "serving"
+
+
+def monitored(start: Start, *, pause: float = 0.1, **how: Any) -> Server:
+    control.make_directory("d")  # as attach does
+    code = f"import sys; from vduse_blk.worker import monitor; monitor._PAUSE = {pause}; sys.exit(monitor.main())"
+    return start(command=("-c", code), restart="on-failure", **KEPT | how)
+
+
+def serving_pid(server: Server, *, other_than: int = 0) -> int:
+    """Process id of a server that serves."""
+    while True:
+        assert server.process.poll() is None, server.log
+        status = control.disk_status("d")
+        if status.state == "serving" and status.info["pid"] != other_than:
+            return int(status.info["pid"])
+        time.sleep(0.01)
+
+
+class TestMonitor:
+    def test_a_server_that_dies_is_followed_by_another(self, start: Start, run_dir: Path) -> None:
+        """Each takes the disk over; how each ended, and what was done again, can be read; detach ends both for good."""
+        monitor = monitored(start)
+        first = serving_pid(monitor)
+        os.kill(first, signal.SIGKILL)
+        second = serving_pid(monitor, other_than=first)
+        os.kill(second, signal.SIGSEGV)
+        third = serving_pid(monitor, other_than=second)
+        events = [(e["event"], e["pid"], e.get("signal"), e.get("replayed")) for e in control.read_events("d")]
+        assert events == [
+            ("ended", first, signal.SIGKILL, None),
+            ("taken over", second, None, 17),
+            ("ended", second, signal.SIGSEGV, None),
+            ("taken over", third, None, 17),
+        ]
+        assert control.disk_status("d").info["monitor"] == monitor.process.pid
+        monitor.call("detach")
+        assert monitor.process.wait(30) == 0
+        assert list(run_dir.iterdir()) == []
+
+    def test_a_start_that_fails_is_not_repeated(self, start: Start, run_dir: Path) -> None:
+        monitor = monitored(start, FAKE_START="fail")
+        assert monitor.process.wait(30) == Exit.UNSUPPORTED
+        assert control.disk_names() == []
+
+    def test_a_server_that_dies_at_once_is_given_up(self, start: Start) -> None:
+        """Ten in a row; then the disk stays for somebody to look at."""
+        monitor = monitored(start, pause=0.001, FAKE_LIFE="short")
+        assert monitor.process.wait(60) == Exit.FAILED
+        assert control.read_events("d")[-1]["event"] == "given up"
+        assert "10 servers in a row have ended" in monitor.log
+        assert control.disk_status("d").state == "dead"
+
+    def test_a_signal_is_the_servers(self, start: Start) -> None:
+        """The monitor ends as its server does, and starts no other."""
+        monitor = monitored(start, FAKE_USED="1", prepare=heeding(signal.SIGTERM))
+        serving_pid(monitor)
+        monitor.process.send_signal(signal.SIGTERM)
+        assert monitor.process.wait(30) == Exit.LEFT
+        assert control.disk_status("d").state == "dead"
+
+    def test_a_disk_that_is_removed_meanwhile_is_left_alone(self, start: Start, run_dir: Path) -> None:
+        monitor = monitored(start)
+        pid = serving_pid(monitor)
+        lock = take_from(pid, str(run_dir / "d"))
+        assert lock is not None
+        os.kill(pid, signal.SIGKILL)
+        assert monitor.process.wait(30) == 0
+        control.remove_directory("d", locked_fd=lock)
+        os.close(lock)
+
+
+class TestRunDirectory:
+    def test_full_at_run_time_it_is_survived(self, start: Start, run_dir: Path) -> None:
+        """What cannot be noted is logged, and the disk is served and removed all the same."""
+        server = start(**KEPT)
+        server.until("serving")
+        (run_dir / "d/state.json.new").mkdir()  # no file can be written there
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) in (0, Exit.BUSY)
+        assert "cannot write" in server.log

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vduse_blk.block.batch import Batch
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.errors import TEMPORARY, PermanentError, UserError
 from vduse_blk.block.holders import Holder, holders_of, locks_on, loops_over
 from vduse_blk.block.linux import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, statx
@@ -95,6 +95,7 @@ class FileBackend(Backend):
 
     options: Options
     takes_batches = True
+    fence = Fence.OPEN  # the lock: the kernel drops it after the last I/O
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

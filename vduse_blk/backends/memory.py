@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vduse_blk.block.batch import Batch
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.linux import munlock
 from vduse_blk.block.native import MemoryTarget
@@ -31,6 +31,7 @@ class MemoryBackend(Backend):
 
     options: Options
     takes_batches = True
+    fence = Fence.LOST
 
     async def open(self) -> BlockInfo:
         size = self.options.size

@@ -6,7 +6,7 @@ import errno
 from dataclasses import dataclass, field
 from typing import Final
 
-from vduse_blk.block.contract import Backend, BlockInfo, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Segments, Support
 from vduse_blk.block.native import NullTarget
 from vduse_blk.block.options import Size, about, check_disk_size
 
@@ -21,6 +21,7 @@ class NullBackend(Backend):
         size: Size = field(metadata=about("size of the disk", place=True))
 
     options: Options
+    fence = Fence.OPEN  # nothing ever lands
 
     async def open(self) -> BlockInfo:
         check_disk_size(self.options.size)

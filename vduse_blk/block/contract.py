@@ -79,6 +79,17 @@ class BlockInfo:
             raise ValueError(f"max_transfer {self.max_transfer} is no multiple of {block}")
 
 
+class Fence(Enum):
+    """Why no write of a server that died can land once its successor has answered it: what makes taking over safe."""
+
+    OPEN = "open"
+    """``open`` fails with UserError, exit code 4, for as long as anything of a dead process may still land."""
+    LOST = "lost"
+    """The contents died with the server: there is nothing to take over."""
+    UNKNOWN = "unknown"
+    """Nobody has thought about it: a disk on this storage is not taken over."""
+
+
 class Backend(ABC):
     """A leaf of storage, or a filter over one. ``str()`` of it is what messages call it."""
 
@@ -86,6 +97,8 @@ class Backend(ABC):
     """What becomes of requests with temporary errors unless the user says otherwise; as ``--on-error`` has it."""
     Options: ClassVar[type]
     """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
+    fence: Fence = Fence.UNKNOWN
+    """A filter that keeps nothing of its own has the fence of what is below it; one that does thinks for itself."""
 
     takes_batches: bool = False
     """Whether ``batch`` may be called. Constant while the backend is open."""
@@ -176,6 +189,7 @@ class Filter(Backend):
     def __init__(self, below: Backend, options: Any) -> None:
         super().__init__(options)
         self.below = below
+        self.fence = below.fence
 
     def __str__(self) -> str:
         return str(self.below)

@@ -10,6 +10,7 @@ this module says why.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from vduse_blk.block.linux import statx
+from vduse_blk.block.linux import statx, take_descriptor
 
 _ROOT: Final = Path("/")
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
@@ -119,6 +120,31 @@ def locks_on(fd: int, *, root: Path = _ROOT) -> list[Holder]:
                 continue
             found.append(Holder("lock", command_of(pid, root=root), pid))
     return list(dict.fromkeys(found))
+
+
+def take_from(pid: int, path: str, *, root: Path = _ROOT) -> int | None:
+    """A duplicate of the descriptor through which process ``pid`` has the file at ``path`` open, its locks included; None if
+    it has it not, or not any more. Any of its threads will do: of a process that was killed only those are left that wait
+    in the kernel. Raises OSError as ``linux.take_descriptor``."""
+    try:
+        wanted = os.stat(path)
+    except FileNotFoundError:
+        return None
+    tasks = {pid: f"{root}/proc/{pid}"} | {int(task): f"{root}/proc/{pid}/task/{task}" for task in _tasks(pid, root)}
+    refused: OSError | None = None
+    for task, directory in tasks.items():
+        for number in _list(f"{directory}/fd"):
+            try:
+                found = statx(f"{directory}/fd/{number}")
+                if (found.dev, found.ino) != (wanted.st_dev, wanted.st_ino):
+                    continue
+                return take_descriptor(task, int(number))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EBADF):
+                    refused = error
+    if refused is not None:
+        raise refused
+    return None
 
 
 def command_of(pid: int, *, root: Path = _ROOT) -> str:
@@ -237,6 +263,10 @@ def _processes(root: Path) -> Iterator[tuple[int, list[str]]]:
         descriptors = _list(f"{root}/proc/{pid}/fd")
         if descriptors:
             yield pid, descriptors
+
+
+def _tasks(pid: int, root: Path) -> list[str]:
+    return [entry for entry in _list(f"{root}/proc/{pid}/task") if entry.isdecimal()]
 
 
 def _pids(root: Path) -> Iterable[int]:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from vduse_blk.block.batch import OPEN, Batch, BatchLimits
-from vduse_blk.block.contract import Backend, BlockInfo, Filter, Segments, Support
+from vduse_blk.block.contract import Backend, BlockInfo, Fence, Filter, Segments, Support
 from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.native import NativeTarget
 from vduse_blk.block.patience import Patience
@@ -116,6 +116,11 @@ class Stack:
             number = sum(other.kind == layer.kind for other in result.values()) + 1
             result[layer.kind if number == 1 else f"{layer.kind}{number}"] = layer
         return result
+
+    @property
+    def fence(self) -> Fence:
+        """What makes taking this disk over from a dead server safe."""
+        return self._backend.fence
 
     # ----------------------------------------------------------------------------------------------- lifetime
 

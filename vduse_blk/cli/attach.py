@@ -16,7 +16,7 @@ from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import parse_size
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import BLOCK_SIZES, PATHS, ControlError, Exit, WorkerSpec
+from vduse_blk.control import BLOCK_SIZES, PATHS, RESTARTS, ControlError, Exit, WorkerSpec
 from vduse_blk.exports import absolute_export
 from vduse_blk.source import absolute_source, parse_filter, parse_source
 
@@ -95,6 +95,13 @@ def disk_options(command: _Command) -> _Command:
 
 @click.command(short_help="Make a disk and print its path.")
 @disk_options
+@click.option(
+    "--restart",
+    type=click.Choice(RESTARTS),
+    default="no",
+    show_default=True,
+    help="Whether a server that dies is started again.",
+)
 @timeout_option("Longest wait for the disk; then everything is undone.")
 @json_option
 def attach(source: str, name: str | None, as_json: bool, timeout: float, **options: Any) -> None:
@@ -102,7 +109,8 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
 
     SOURCE is a path (./disk.img, /dev/sdb) or KIND:PLACE?OPTION=VALUE (file:/x?direct=1, memory:1G,
     null:10G). The disk's server runs in the background; its log and state are in /run/vduse-blk/N/. Either
-    the disk exists when this returns, or nothing is left behind.
+    the disk exists when this returns, or nothing is left behind. A disk that has lost its server is taken over: give the
+    same SOURCE, --name and options.
     """
     spec = specification(source, name, **options)
     ready = launch.start(spec, timeout, unique=name is None)
@@ -112,12 +120,15 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
         else:
             click.echo(ready["device"])
     except OSError as e:
+        if ready.get("taken_over"):
+            raise  # somebody uses it
         # A disk that nobody was told of would be left behind.
         with control.Client(ready["name"], timeout) as client:
             client.call("detach", force=True)
         raise ControlError(f"cannot print the path of the disk ({e.strerror}); it was removed", Exit.FAILED) from e
     if not as_json:
-        output.say(f"disk '{ready['name']}' is ready; `vduse-blk detach {ready['name']}` removes it")
+        came = "taken over" if ready.get("taken_over") else "ready"
+        output.say(f"disk '{ready['name']}' is {came}; `vduse-blk detach {ready['name']}` removes it")
 
 
 @click.command(short_help="Make a disk and serve it in the foreground.")

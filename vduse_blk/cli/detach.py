@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
@@ -12,6 +14,7 @@ import click
 
 from vduse_blk import control
 from vduse_blk.block.errors import UserError
+from vduse_blk.block.holders import take_from
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
@@ -20,6 +23,18 @@ from vduse_blk.exports import parse_exports
 
 DYING_SECONDS: Final = 5.0
 """How long the process of a server that broke the conversation may take to end."""
+FORCE_SECONDS: Final = 1.5
+"""How long a server that is well may take to remove a disk by force; after that it is not asked any more."""
+KILL_SECONDS: Final = 0.5
+"""How long a killed process takes to end, if none of its threads waits in the kernel."""
+
+
+@dataclass
+class Taken:
+    """What was a server's and is ours now, as descriptors: ``lock`` of the disk's directory, ``node`` of its device."""
+
+    lock: int | None = None
+    node: int | None = None
 
 
 @click.command(short_help="Remove a disk.")
@@ -32,17 +47,21 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
 
     A disk that is mounted, swapped on, or held by a process or another block device is left alone (exit
     status 4) and its users are named, unless --force is given. What a server that died left behind is
-    removed, too.
+    removed, too. With --force it is gone within seconds, whatever its server or its storage does.
     """
     deadline = time.monotonic() + timeout
     try:
         with control.Client(name, timeout) as client, control.server_process(client.server_pid) as end:
             directory = control.open_directory(name)
             try:
-                _by_server(client, end, deadline, timeout, force)
+                taken = Taken()
+                if force:
+                    taken = _by_force(client, end, min(timeout, FORCE_SECONDS))
+                else:
+                    _by_server(client, end, deadline, timeout)
                 # A server that could undo everything has removed it. Another disk may have the name by now.
                 if control.is_directory(name, directory):
-                    _without_server(name, force)
+                    _without_server(name, force, taken)
             finally:
                 os.close(directory)
     except NotServed:
@@ -63,14 +82,18 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
         output.print_json({"ok": True, "name": name})
 
 
-def _by_server(client: control.Client, end: int | None, deadline: float, timeout: float, force: bool) -> None:
+def _by_server(client: control.Client, end: int | None, deadline: float, timeout: float) -> None:
     """Have the server remove the disk, and wait until it has ended, or has died over it."""
     try:
-        client.call("detach", timeout=timeout, force=force)
+        client.call("detach", timeout=timeout, force=False)
     except Hangup:
         # It may be dying: whether it is gone or stays decides what happens next.
         if not ended(end, min(DYING_SECONDS, deadline - time.monotonic())):
             raise
+    except ControlError as e:
+        if e.exit_code == Exit.TIMEOUT:
+            raise ControlError(f"{e}; it goes on; --force does not wait for it", e.exit_code) from e
+        raise
     else:
         if not ended(end, deadline - time.monotonic()):
             raise ControlError(
@@ -80,24 +103,53 @@ def _by_server(client: control.Client, end: int | None, deadline: float, timeout
             )
 
 
+def _by_force(client: control.Client, end: int | None, patience: float) -> Taken:
+    """Have the server remove the disk if it does so soon. If not, it is killed: it may be stopped, or busy with itself, or
+    wait for storage that does not answer. What it held is returned; the caller answers the disk's users in its place."""
+    try:
+        client.call("detach", timeout=patience, force=True)
+        if ended(end, patience):
+            return Taken()
+    except ControlError:
+        pass
+    if end is None:
+        return Taken()
+    # Before it is killed: a thread that waits in the kernel would keep both for as long as it waits, without an owner.
+    paths, pid = control.DiskPaths.of(client.name), client.server_pid
+    try:
+        taken = Taken(lock=take_from(pid, str(paths.directory)), node=take_from(pid, f"/dev/vduse/{client.name}"))
+    except PermissionError:
+        taken = Taken()  # a host that lets nobody trace: then it must end by itself
+    output.say(f"the server of disk '{client.name}' (process {pid}) is killed")
+    signal.pidfd_send_signal(end, signal.SIGKILL)
+    if ended(end, KILL_SECONDS) and taken.node is not None:
+        # The kernel gives messages that were read and not answered to whoever opens the node next, not to a duplicate.
+        os.close(taken.node)
+        taken.node = None
+    return taken
+
+
 def ended(process: int | None, seconds: float) -> bool:
     """Whether the process behind a pidfd (None: it had ended before) ends within ``seconds``."""
     return process is None or bool(select.select([process], [], [], max(0.0, seconds))[0])
 
 
-def _without_server(name: str, force: bool) -> None:
+def _without_server(name: str, force: bool, taken: Taken | None = None) -> None:
     """Remove what is left of a disk that has no server, under its lock: an attach of that name starts afterwards, or has
     the lock, and then what is there is its own."""
     from vduse_blk.cli import launch
 
+    taken = taken or Taken()
     had_directory = name in control.disk_names()
-    try:
-        lock = control.lock_directory(name)
-    except Served as e:
-        raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
+    lock = taken.lock
+    if lock is None:
+        try:
+            lock = control.lock_directory(name)
+        except Served as e:
+            raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
     try:
         try:
-            launch.remove_leftover(name, force=force)
+            launch.remove_leftover(name, force=force, node=taken.node)
         except BaseException:
             if not had_directory:
                 control.remove_directory(name, locked_fd=lock)

@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -76,6 +76,11 @@ def worker_command() -> list[str]:
     return [sys.executable, "-P", "-m", "vduse_blk.worker"]
 
 
+def monitor_command() -> list[str]:
+    """The same, started again when it dies."""
+    return [sys.executable, "-P", "-m", "vduse_blk.worker.monitor"]
+
+
 def specification_file(spec: WorkerSpec) -> int:
     """Descriptor of an anonymous file that holds the specification, at its start, close-on-exec."""
     fd = os.memfd_create("vduse-blk-spec", os.MFD_CLOEXEC)
@@ -84,11 +89,12 @@ def specification_file(spec: WorkerSpec) -> int:
     return fd
 
 
-def remove_leftover(name: str, *, force: bool) -> None:
-    """Remove what a dead server of this disk left in the kernel. Raises ``ControlError`` (exit 4: in use)."""
+def remove_leftover(name: str, *, force: bool, node: int | None = None) -> None:
+    """Remove what a dead server of this disk left in the kernel. Raises ``ControlError`` (exit 4: in use). ``node``: the
+    server's descriptor of the device, see ``cleanup``; it is closed."""
     try:
         import_module("vduse_blk.exporters.vduse.cleanup").remove_leftover(
-            name, control.DiskPaths.of(name).directory, force=force
+            name, control.DiskPaths.of(name).directory, force=force, node=node
         )
     except UserError as e:
         holders = [dataclasses.asdict(holder) for holder in getattr(e, "holders", ())]
@@ -190,7 +196,7 @@ class _Attempt:
         stdin = specification_file(dataclasses.replace(spec, ready_fd=theirs))
         try:
             self._process = subprocess.Popen(
-                worker_command(),
+                worker_command() if spec.restart == "no" else monitor_command(),
                 stdin=stdin,
                 stdout=self._log,
                 stderr=self._log,
@@ -220,7 +226,7 @@ class _Attempt:
         if said.get("ready") is True:
             return said
         if self._wait(ROLLBACK_SECONDS) is None:
-            self._process.kill()  # it has undone everything, that is what the line means
+            self._kill()  # it has undone everything, that is what the line means
             self._wait(5)
         code = int(said.get("code", Exit.FAILED))
         if code == Exit.FAILED:
@@ -229,6 +235,11 @@ class _Attempt:
         if self._made and _kernel_knows(self._name):
             self._clean_up(error, code)
         raise ControlError(error, code, list(said.get("holders", [])))
+
+    def _kill(self) -> None:
+        """The server, and the monitor that would start another."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read_line(self, deadline: float) -> tuple[bytes | None, str]:
         """The server's line, or None and why there is none: 'end of file', 'timeout', or a signal's name."""
@@ -255,7 +266,7 @@ class _Attempt:
     def _died(self) -> NoReturn:
         status = self._wait(5)
         if status is None:
-            self._process.kill()
+            self._kill()
             self._wait(5)
         self._show_log()
         sentence = f"the server of disk '{self._name}' {_end_text(status)} before the disk was ready"
@@ -273,7 +284,7 @@ class _Attempt:
         output.say(f"{sentence}; its server is undoing what it did (interrupt to kill it)")
         status = self._wait(ROLLBACK_SECONDS, detach=True)
         if status is None:
-            self._process.kill()
+            self._kill()
             if self._wait(5) is None:
                 raise LeftBehind(
                     f"{sentence}, and its server (process {self._process.pid}) hangs in the kernel; "
@@ -297,7 +308,8 @@ class _Attempt:
         try:
             if not self._made:
                 raise ControlError("it was there before, with a dead server", Exit.BUSY)
-            if control.read_state(self._name).get("pid", self._process.pid) == self._process.pid:
+            state = control.read_state(self._name)
+            if state.get("monitor", state.get("pid", self._process.pid)) == self._process.pid:
                 remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
                 control.remove_directory(self._name, locked_fd=lock)
         except ControlError as e:

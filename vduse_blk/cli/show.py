@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Mapping
 from datetime import datetime
+from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from vduse_blk import control
+from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option
+from vduse_blk.control import ControlError
 
 STATE_STYLES: Final = {
     "serving": "green",
@@ -53,10 +58,50 @@ def list_disks(as_json: bool) -> None:
 def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
     disk = control.disk_status(name, timeout=10)
+    if disk.state in ("dead", "silent"):
+        disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk)})
     if as_json:
         output.print_json({"ok": True, **_as_json(disk)})
         return
     print_info(disk)
+
+
+def _looked_at(disk: control.DiskStatus) -> dict[str, Any]:
+    """What can be seen of a disk without its server, and ``way_out``: the command that leads out of its state."""
+    force = f"`vduse-blk detach {disk.name} --force`"
+    if disk.state == "silent":
+        return {"way_out": f"{force} kills its server and removes it"}
+    found: dict[str, Any] = import_module("vduse_blk.exporters.vduse.left").look(disk.name)
+    if "broken" in found:
+        return found
+    if not found:
+        return {"way_out": f"`vduse-blk detach {disk.name}` removes what is left of it"}
+    from vduse_blk import record, registry
+    from vduse_blk.block.contract import Fence
+    from vduse_blk.source import parse_source
+
+    try:
+        known = record.read(disk.name)
+        if known is None:
+            raise ControlError("what it was is not known any more")
+        if registry.backend(parse_source(known.spec.source).backend).fence is not Fence.OPEN:
+            raise ControlError("its contents are lost")
+    except UserError as e:
+        return found | {"way_out": f"{e}: {force} fails its requests and removes it"}
+    return found | {"way_out": f"`{attach_command(known.spec)}` serves it again; {force} fails its requests and removes it"}
+
+
+def attach_command(spec: control.WorkerSpec) -> str:
+    """What a person types for such a disk."""
+    words = ["vduse-blk", "attach", spec.source, "--name", spec.name]
+    words += ["--read-only"] if spec.read_only else []
+    for option in ("queues", "queue_size", "serial", "block_size", "path"):
+        value = getattr(spec, option)
+        if value != control.WorkerSpec.__dataclass_fields__[option].default:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    if spec.exports != ("vduse",):
+        words += [word for export in spec.exports for word in ("--export", export)]
+    return shlex.join(words)
 
 
 def _as_json(disk: control.DiskStatus) -> dict[str, Any]:
@@ -103,6 +148,15 @@ def print_info(disk: control.DiskStatus) -> None:
         rows.append(("queues", _queues_text(know["queues"])))
     if know.get("started_at"):
         rows.append(("since", _time_text(know["started_at"])))
+    if know.get("waiting"):
+        rows.append(("waiting", f"{know['waiting']} requests"))
+    if know.get("broken"):
+        rows.append(("broken", str(know["broken"])))
+    if know.get("way_out"):
+        rows.append(("way out", str(know["way_out"])))
+    if know.get("monitor"):
+        rows.append(("monitor", f"process {know['monitor']}"))
+    rows += [("" if i else "history", _event_text(event)) for i, event in enumerate(know.get("events", []))]
     if "features_negotiated" in know:
         refused = [f for f in know.get("features_offered", []) if f not in know["features_negotiated"]]
         rows.append(("features", " ".join(know["features_negotiated"])))
@@ -137,6 +191,23 @@ def _filter_text(layer: Mapping[str, Any]) -> str:
             facts.append(f"{key} {value}")
     text = f"{layer['name']}?{layer['options']}" if layer.get("options") else str(layer.get("name"))
     return f"{text} ({', '.join(facts)})" if facts else text
+
+
+def _event_text(event: Mapping[str, Any]) -> str:
+    """'2026-11-21 10:00:00 +0000 server 42 was ended by signal 9'."""
+    what = f"server {event.get('pid')} "
+    match event.get("event"):
+        case "ended" if "signal" in event:
+            what += f"was ended by signal {event['signal']}"
+        case "ended":
+            what += f"ended with status {event.get('status')}"
+        case "taken over":
+            what += f"took over and did {event.get('replayed')} requests again"
+        case "given up":
+            what = f"no server is started any more: {event.get('servers')} in a row have ended"
+        case other:
+            what = str(other)
+    return f"{_time_text(event.get('time'))} {what}"
 
 
 def _queues_text(queues: list[Mapping[str, Any]]) -> str:

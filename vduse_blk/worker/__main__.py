@@ -32,7 +32,7 @@ def main() -> int:
     os.chdir("/")
     ready = ReadyPipe(spec.ready_fd)
     try:
-        asyncio.run(_serve(spec, ready))
+        return int(asyncio.run(_serve(spec, ready)))
     except UserError as error:
         holders = error.holders if isinstance(error, ControlError) else None
         if spec.ready_fd is None:
@@ -43,11 +43,10 @@ def main() -> int:
         logging.getLogger("vduse_blk").exception("disk '%s': bug, or a refusal nobody foresaw", spec.name)
         ready.write(control.failure_line(f"{type(error).__name__}: {error}", Exit.FAILED))
         return int(Exit.FAILED)
-    return int(Exit.OK)
 
 
-async def _serve(spec: WorkerSpec, ready: ReadyPipe) -> None:
-    await Worker(spec, ready).run()
+async def _serve(spec: WorkerSpec, ready: ReadyPipe) -> Exit:
+    return await Worker(spec, ready).run()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """One disk, from its specification to its end.
 
-Phases: starting → serving → detaching → (gone); ``broken`` instead of serving when the kernel or a queue gave up.
+Phases: starting → serving → detaching → (gone); ``broken`` instead of serving when the kernel or a queue gave up; ``left``
+when the server was asked to end while the disk was in use: the next server takes it over.
 Everything here runs on the event loop; what blocks (netlink, scanning /proc) runs on threads of its own.
 
 The order of a start: lock the disk's directory, open the storage, export it, say so. The end undoes that in reverse. The
 directory is removed last and only if all else is gone: as long as something is left, ``detach`` must find it.
+
+Taking over. What a dead server left in the kernel has users who wait. Its successor must be the same disk (``record``), and
+nothing the dead one had under way may land any more (``contract.Fence``): both are made sure of before the export starts.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ import os
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control
+from vduse_blk import control, record, registry
+from vduse_blk.block.contract import Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.options import write_values
@@ -27,7 +32,8 @@ from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
 from vduse_blk.exports import ExportSpec, parse_exports
-from vduse_blk.source import open_source
+from vduse_blk.record import DiskRecord
+from vduse_blk.source import open_source, parse_source
 from vduse_blk.worker import settings
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
@@ -38,6 +44,8 @@ _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
 _MARGIN = 10.0
 """Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
+_FENCE = 60.0
+"""Seconds, at most, that the storage is waited for when a dead server may have I/O under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,19 @@ class Worker:
         self._loss: Exception | None = None
         self._start: asyncio.Task[None] | None = None
         self._given_up: str | None = None
+        self._predecessor: DiskRecord | None = None
+        self._record: DiskRecord | None = None
+        self._end = Exit.OK
 
-    async def run(self) -> None:
-        """Returns when the disk is gone. Raises UserError if it could not be started (and nothing is left), or if the disk
-        is gone and its storage could not be closed."""
+    async def run(self) -> Exit:
+        """Returns when the disk is gone, or left to the next server (``Exit.LEFT``). Raises UserError if it could not be
+        started (and nothing is left that was not there before), or if the disk is gone and its storage could not be
+        closed."""
         wanted = parse_exports(self._spec.exports)
         lock = control.lock_directory(self._spec.name)
         try:
             async with AsyncExitStack() as undo:
+                self._predecessor = self._find_predecessor(wanted)
                 self._write_state()
                 reached("locked")
                 if any(export.exporter.for_this_host for export in wanted):
@@ -90,6 +103,7 @@ class Worker:
                 await self._finished.wait()
                 if self._loss is not None:
                     raise ControlError(str(self._loss), Exit.FAILED) from self._loss
+                return self._end
         finally:
             if not self._is_left():
                 control.remove_directory(self._spec.name, locked_fd=lock)
@@ -104,7 +118,12 @@ class Worker:
         except BaseException as error:
             # An export undoes what its own start did; from then on it is ours to undo.
             try:
-                if self._exports:
+                if self._predecessor is not None:
+                    for export in self._exports:
+                        await export.exporter.leave()
+                    self._phase = "failed"
+                    self._note_state()
+                elif self._exports:
                     await self._stop_exports()
                 if not self._is_left():
                     await self._close_storage(abandon=True)
@@ -123,38 +142,34 @@ class Worker:
         spec = self._spec
         if self._given_up is not None:
             raise asyncio.CancelledError
-        stack = open_source(
-            spec.source,
-            dict(spec.options),
-            read_only=spec.read_only,
-            block_size=spec.block_size,
-            size=spec.size,
-            serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
-            filters=spec.filters,
-            on_error=spec.on_error,
-            on_full=spec.on_full,
-        )
-        await stack.open()
-        self._stack = stack
+        self._stack = stack = await self._open_storage()
         self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
         for text, export in zip(spec.exports, wanted, strict=True):
+            before = self._predecessor if export.exporter.for_this_host else None
             exporter = export.exporter(
-                stack,
+                self._stack,
                 spec.name,
                 ExportOptions(
-                    queues=spec.queues or 0,
+                    queues=spec.queues or (before.queue_count if before is not None else 0),
                     queue_size=spec.queue_size,
                     path=spec.path,
                     read_only=export.read_only,
                     own=export.own,
                     directory=control.DiskPaths.of(spec.name).directory,
+                    adopt=before is not None,
                     **self._patience(),
                 ),
             )
+            if exporter.for_this_host:
+                self._put_on_record(exporter)
             endpoint = await exporter.start()
             self._exports.append(_Export(text, exporter, endpoint))
             exporter.failed.add_done_callback(self._on_failed)
+        if self._predecessor is not None:
+            replayed = sum(export.exporter.replayed for export in self._exports)
+            log.info("disk '%s' is taken over; requests done again: %d", spec.name, replayed)
+            control.add_event(spec.name, event="taken over", pid=os.getpid(), replayed=replayed)
         if self._given_up is not None:
             raise asyncio.CancelledError  # it came too late to interrupt the export's start
         self._phase = "serving"
@@ -167,6 +182,95 @@ class Worker:
             self._given_up = "nobody waits for the disk any more"
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {places}")
+
+    def _find_predecessor(self, wanted: list[ExportSpec]) -> DiskRecord | None:
+        """What a dead server left to be taken over. Raises ControlError if it cannot be."""
+        name = self._spec.name
+        if not any(export.exporter.is_left(name) for export in wanted):
+            return None
+        found = record.read(name)
+        if found is None:
+            raise self._not_taken_over("what it is was not recorded, or the record is lost")
+        if found.spec.source != self._spec.source:
+            raise self._not_taken_over(f"source: it has {found.spec.source!r}, not {self._spec.source!r}")
+        return found
+
+    def _not_taken_over(self, why: str, code: Exit = Exit.BUSY) -> ControlError:
+        name = self._spec.name
+        return ControlError(
+            f"disk '{name}' has lost its server and is not taken over: {why}; "
+            f"`vduse-blk detach {name} --force` fails its requests and removes it",
+            code,
+        )
+
+    async def _open_storage(self) -> Stack:
+        stack = self._make_stack()
+        if self._predecessor is None:
+            await stack.open()
+            return stack
+        if stack.fence is Fence.LOST:
+            # Its users are told now rather than never; what they would find otherwise are zeros.
+            name, directory = self._spec.name, control.DiskPaths.of(self._spec.name).directory
+            for export in parse_exports(self._spec.exports):
+                if export.exporter.is_left(name):
+                    await export.exporter.fail_left(name, directory)
+            raise ControlError(
+                f"the contents of disk '{self._spec.name}' died with its server: its requests were failed and it was "
+                "removed; attach it again for an empty one",
+                Exit.FAILED,
+            )
+        if stack.fence is Fence.UNKNOWN:
+            raise self._not_taken_over(f"{stack} does not say how writes of a dead server are kept from landing later")
+        deadline = time.monotonic() + self._patience().get("timeout", _FENCE)
+        waited = False
+        while True:
+            try:
+                await stack.open()
+                return stack
+            except UserError as error:
+                if error.exit_code != Exit.BUSY:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise ControlError(
+                        f"disk '{self._spec.name}' cannot be taken over yet: I/O of its dead server may still be under way, "
+                        f"or somebody else uses the storage ({error})",
+                        Exit.BUSY,
+                    ) from error
+                if not waited:
+                    log.info("disk '%s': waiting for the last I/O of the dead server (%s)", self._spec.name, error)
+                    waited = True
+            await asyncio.sleep(0.1)
+            stack = self._make_stack()
+
+    def _make_stack(self) -> Stack:
+        spec = self._spec
+        # A size was for making a file; the file of a disk that is taken over is there, and may have grown since.
+        kind = registry.backend(parse_source(spec.source).backend)
+        needs_size = any(f.name == "size" and f.default is MISSING for f in fields(kind.Options))
+        return open_source(
+            spec.source,
+            dict(spec.options),
+            read_only=spec.read_only,
+            block_size=spec.block_size,
+            size=spec.size if self._predecessor is None or needs_size else None,
+            serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
+            filters=spec.filters,
+            on_error=spec.on_error,
+            on_full=spec.on_full,
+        )
+
+    def _put_on_record(self, exporter: Exporter) -> None:
+        """Before the kernel is asked for anything that outlives us. Raises ControlError: it is another disk."""
+        assert self._stack is not None
+        source = parse_source(self._spec.source)
+        path = source.options.get("path", self._spec.options.get("path"))
+        found = DiskRecord.of(self._spec, self._stack.info, exporter.queue_count, path)
+        if self._predecessor is not None:
+            difference = self._predecessor.difference(found)
+            if difference is not None:
+                raise self._not_taken_over(difference)
+        record.write(found)
+        self._record = found
 
     def _patience(self) -> dict[str, float]:
         """How long the export may wait, so that its own explanation comes before whoever started us gives up."""
@@ -188,7 +292,7 @@ class Worker:
             return
         if self._phase == "serving":
             self._phase = "broken"
-            self._write_state()
+            self._note_state()
             notify_systemd(f"STATUS=broken: {failed.result()}")
 
     # ----------------------------------------------------------------------------------------------------- end
@@ -214,7 +318,12 @@ class Worker:
 
     async def _detach_on_signal(self, name: str) -> None:
         try:
-            await self._detach(force=False, signalled=True)
+            try:
+                await self._detach(force=False, signalled=True)
+            except ControlError as error:
+                if error.exit_code != Exit.BUSY or not self._exports or self._finished.is_set():
+                    raise
+                await self._leave(name, error)
         except Exception as error:
             if self._finished.is_set():
                 return  # the disk is gone, and run() says what went wrong
@@ -222,6 +331,35 @@ class Worker:
                 log.error("%s: still serving: %s", name, error)
             else:
                 log.exception("%s: detach failed, still serving", name)
+
+    async def _leave(self, signal_name: str, why: ControlError) -> None:
+        """End, and let the disk's users wait for the next server. Raises ControlError if there is nothing to take over."""
+        async with self._changing:
+            assert self._stack is not None
+            if self._stack.fence is not Fence.OPEN:
+                raise ControlError(f"{why}; nobody could take it over: {self._stack} ends with its server", why.exit_code)
+            self._phase = "left"
+            notify_systemd("STOPPING=1")
+            if self._is_waiting():
+                # To drain would be to fail what waits. It is marked in the in-flight log, and waits at the next server.
+                log.warning("%s: %s; requests wait for storage, and go on waiting at the next server", signal_name, why)
+                self._note_state()
+                logging.shutdown()
+                os._exit(Exit.LEFT)
+            for export in self._exports:
+                await export.exporter.leave()
+            await self._close_storage()
+            self._note_state()
+            reached("left")
+            log.warning(
+                "%s: %s. The server ends; users of the disk wait until the next `serve` or `attach` of '%s' takes it over, "
+                "with the same options, or `detach --force` removes it",
+                signal_name,
+                why,
+                self._spec.name,
+            )
+            self._end = Exit.LEFT
+            self._finished.set()
 
     async def _detach(self, *, force: bool, signalled: bool = False) -> None:
         """Returns when the disk is gone. Raises what kept it from going, and then it is served as before: a later call
@@ -244,7 +382,7 @@ class Worker:
                     for export in self._exports:
                         if export.endpoint.kind == "block":
                             claims += await self._claim(export.endpoint.path)
-                        elif not signalled:
+                        elif not signalled or self._is_waiting():
                             self._check_unused(export)
                 await self._stop_exports()
             finally:
@@ -266,7 +404,7 @@ class Worker:
         self._phase = "detaching"
         if self._stack is not None:
             self._stack.let_go(True)
-        self._write_state()
+        self._note_state()
         notify_systemd("STATUS=detaching")
         try:
             while self._exports:
@@ -276,7 +414,7 @@ class Worker:
             self._phase = "broken" if any(export.exporter.failed.done() for export in self._exports) else before
             if self._stack is not None:
                 self._stack.let_go(False)
-            self._write_state()
+            self._note_state()
             notify_systemd(f"STATUS={self._phase}: detach failed")
             raise
         notify_systemd("STOPPING=1")  # not before: it cannot be taken back
@@ -289,7 +427,10 @@ class Worker:
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
-        return Path("/sys/class/vduse", self._spec.name).exists()
+        name = self._spec.name
+        if Path("/sys/class/vduse", name).exists():
+            return True
+        return any(export.exporter.is_left(name) for export in parse_exports(self._spec.exports))
 
     async def _claim(self, path: str) -> list[int]:
         """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
@@ -411,10 +552,16 @@ class Worker:
             reached("resizing")
             info = await self._stack.resize(size)
             reached("resized")
+            if self._record is not None:
+                self._record = replace(self._record, size=info.size)
+                try:
+                    record.write(self._record)
+                except ControlError as error:
+                    log.warning("%s", error)  # the old size is as good: a disk that has grown may be taken over
             for export in self._exports:
                 await export.exporter.resized(info)
                 await self._seen_by_host(export.endpoint.path, info.size)
-            self._write_state()
+            self._note_state()
             return info.size
 
     @staticmethod
@@ -454,7 +601,14 @@ class Worker:
         if self._exports:
             exporter = self._exports[0].exporter
             facts |= {"path": exporter.path, "queue_count": exporter.queue_count}
+        if self._predecessor is not None:
+            facts["taken_over"] = True
+        if spec.restart != "no":
+            facts["monitor"] = os.getppid()
         return facts
+
+    def _is_waiting(self) -> bool:
+        return self._stack is not None and self._stack.patience.waiting() is not None
 
     def _waiting(self, stack: Stack) -> dict[str, Any]:
         """``phase`` and ``waiting`` of a disk some of whose requests wait for its storage; nothing if none does."""
@@ -467,6 +621,13 @@ class Worker:
 
     def _write_state(self) -> None:
         control.write_state(self._spec.name, self._summary() | {"spec": asdict(self._spec)})
+
+    def _note_state(self) -> None:
+        """While the disk is served: it goes on whatever becomes of the run directory."""
+        try:
+            self._write_state()
+        except ControlError as error:
+            log.warning("%s", error)
 
     def _info(self) -> dict[str, Any]:
         facts = self._summary()
