@@ -67,12 +67,13 @@ static uint64_t now(void)
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries)
+int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enum uring_mode mode)
 {
     const char *seed = getenv("VDUSE_BLK_TEST_SEED");
     const char *log = getenv("VDUSE_BLK_TEST_LOG");
     (void)sq_entries;
     (void)cq_entries;
+    (void)mode;
     memset(ring, 0, sizeof(*ring));
     struct fake *fake = calloc(1, sizeof(*fake));
     if (fake == NULL || log == NULL)

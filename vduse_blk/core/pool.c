@@ -136,7 +136,8 @@ static void add_thread(struct pool *pool)
 static int try_at_once(struct target_file *file, struct vblk_req *req)
 {
     bool reading = req->op == VBLK_READ;
-    if ((!reading && req->op != VBLK_WRITE) || req->length > AT_ONCE_BYTES || file->direct)
+    /* One that waited for storage has begun already. */
+    if ((!reading && req->op != VBLK_WRITE) || req->length > AT_ONCE_BYTES || file->direct || req->progress != 0)
         return 1;
     if (reading ? file->no_nowait_read : file->no_nowait_write || file->sync || req->fua)
         return 1;
