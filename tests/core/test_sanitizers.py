@@ -80,7 +80,7 @@ def test_device_tests_under_the_sanitizers() -> None:
     python = [sys.executable, "-P"]
     loaded = subprocess.run([*python, "-c", where], env=environment, capture_output=True, text=True, check=False)
     assert "build/fuzz/extension" in loaded.stdout, loaded.stderr
-    some = "native and not flags and not event-direct and not 65536 or pool"
+    some = "(native and not flags and not event-direct and not 65536 or pool) and not durability"
     result = subprocess.run(
         [*python, "-m", "pytest", "-q", FUZZ.parent / "device", "-k", some],
         env=environment, capture_output=True, text=True, timeout=240, check=False,
