@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import readme, scaling
 from bench.compare import BUILD, CFLAGS, LIMIT_SHARE, RESULTS, TOP
 from bench.report import Report, Row, best_peer
 from bench.vhost_servers import (
@@ -192,18 +193,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/native", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=6, help="turns of each server in each case (%(default)s)")
     parser.add_argument("--seconds", type=int, default=1, help="length of a turn (%(default)s)")
-    parser.add_argument("--case", default="*", help="only these cases: a name or a pattern, '*QD32'")
+    parser.add_argument(
+        "--part", choices=("demanded", "scaling"), help="only what is demanded, or only what is shown beside it"
+    )
+    parser.add_argument("--case", help="only these cases of what is demanded: a name or a pattern, '*QD32'")
     arguments = parser.parse_args()
     end_on_signals()
     generator = BUILD / "vhost_gen"
     BUILD.mkdir(parents=True, exist_ok=True)
     subprocess.run(["gcc", *CFLAGS, "-pthread", TOP / "bench/vhost_gen.c", "-o", generator], check=True)
+    part = "demanded" if arguments.case else arguments.part
     rows: list[Row] = []
-    for place in (HOLES, TMPFS, PYTHON):
-        cases = [case for case in CASES if case.place == place and fnmatch.fnmatch(case.name, arguments.case)]
+    for place in (HOLES, TMPFS, PYTHON) if part != "scaling" else ():
+        cases = [case for case in CASES if case.place == place and fnmatch.fnmatch(case.name, arguments.case or "*")]
         if cases:
             print(f"bench: {place}: {len(cases)} cases", flush=True)
             rows += measure(place, cases, arguments.rounds, arguments.seconds, generator)
+    if part != "demanded":
+        print("bench: queues, sizes, the log, disks", flush=True)
+        rows += scaling.measure(generator, arguments.seconds)
+    if not rows:
+        parser.error(f"no such case: {arguments.case}")
     version = subprocess.run([QSD, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
     report = Report(
         name="bench",
@@ -217,7 +227,10 @@ def main() -> int:
             "client": "vhost_gen, a sleeping front-end where not said otherwise, split ring of 256, indirect, EVENT_IDX",
         },
     )
-    report.write(RESULTS if arguments.case == "*" else BUILD)
+    # What was measured in part does not replace what was measured whole.
+    report.write(BUILD if part else RESULTS)
+    if not part:
+        readme.main()
     print(report.text())
     return report.exit_status
 

@@ -97,23 +97,21 @@ def running(way: str, socket: Path, command: Sequence[str], environment: dict[st
         yield server
 
 
-def our_command(source: str, name: str, socket: Path, queues: int, path: str = "native") -> list[str]:
+def our_words(
+    source: str, folder: Path, queues: int, path: str = "native", name: str = "ours"
+) -> tuple[str, Path, list[str], dict[str, str]]:
+    """What ``started`` and ``running`` are told for our server of a source."""
+    socket = folder / f"{name}.sock"
     words = [sys.executable, "-P", "-m", "vduse_blk.cli", "serve", source, "--name", name, "--queues", str(queues)]
-    return [*words, "--export", f"vhost-user:{socket}", "--path", path]
-
-
-def our_environment(folder: Path) -> dict[str, str]:
-    return {control.RUN_ENV: str(folder / "run")}
+    words += ["--export", f"vhost-user:{socket}", "--path", path]
+    return source.partition("?")[2], socket, words, {control.RUN_ENV: str(folder / "run")}
 
 
 def ours(
     source: str, folder: Path, queues: int, *, path: str = "native", name: str = "ours"
 ) -> contextlib.AbstractContextManager[Server]:
     """Our server of a source."""
-    socket = folder / f"{name}.sock"
-    return running(
-        source.partition("?")[2], socket, our_command(source, name, socket, queues, path), our_environment(folder)
-    )
+    return running(*our_words(source, folder, queues, path, name))
 
 
 def qsd(way: str, number: int, image: Path, folder: Path, queues: int) -> contextlib.AbstractContextManager[Server]:
