@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import readme
 from bench.guest import CASES, DEVICE, DISTURBED, HOST_LOAD
 from bench.host_load import Feed
 from bench.report import Report, Row, best_peer
@@ -165,6 +166,8 @@ def main() -> int:
     report = report_of(json.loads(measured.read_text()), facts)
     # What was measured in part does not replace what was measured whole.
     report.write(BUILD if part else RESULTS)
+    if not part:
+        readme.main()
     print(report.text() if status == 0 else f"{report.text()}\ncompare: failed: see the kernel's log above")
     return report.exit_status if status == 0 else 3
 

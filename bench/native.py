@@ -13,29 +13,43 @@ import json
 import os
 import platform
 import re
-import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.compare import BUILD, CFLAGS, RESULTS, TOP
+from bench import readme, scaling
+from bench.compare import BUILD, CFLAGS, LIMIT_SHARE, RESULTS, TOP
 from bench.report import Report, Row, best_peer
-from vduse_blk import __version__, control
+from bench.vhost_servers import (
+    IMAGE_BYTES,
+    MIB,
+    QSD,
+    Server,
+    cpu_each,
+    end_on_signals,
+    make_image,
+    ours,
+    qsd,
+    syscalls_per_io,
+    turn,
+)
+from vduse_blk import __version__
 
-QSD = "qemu-storage-daemon"
-IMAGE_BYTES = 1 << 30
 QUEUES = 2
-MIB = 1 << 20
-_WAIT = 30.0
+LIMIT_ROUNDS = 2
+LIMIT_NOTE = "client and ring are the limit: without storage it is hardly faster"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A load on the servers of one place. ``words`` go to vhost_gen; ``least`` ratio and ``most`` CPU share are demanded."""
+    """A load on the servers of one place. ``words`` go to vhost_gen; the ratios ``least`` and ``cpu_least`` are demanded.
+
+    ``cpu_each``: server and client are bound to a CPU each.
+    """
 
     name: str
     place: str
@@ -43,13 +57,16 @@ class Case:
     unit: str = "iops"
     least: float | None = None
     cpu_least: float | None = None
+    cpu_each: bool = False
 
 
 HOLES, TMPFS, PYTHON = "file of holes", "tmpfs", "Python backend"
 _4K = ("--size", "4096")
 _1M = ("--size", str(MIB), "--sequential", "--depth", "8")
 CASES = (
-    Case("4k randread QD1", HOLES, (*_4K, "--depth", "1"), least=2.5),
+    # With the scheduler free a queue depth of 1 has two outcomes, both on one CPU or on two: a factor of four.
+    Case("4k randread QD1", HOLES, (*_4K, "--depth", "1"), least=2.5, cpu_each=True),
+    Case("4k randread QD1, scheduler free", HOLES, (*_4K, "--depth", "1")),
     Case("4k randread QD32", HOLES, (*_4K, "--depth", "32"), least=2.3, cpu_least=2.0),
     Case("4k randread QD128", HOLES, (*_4K, "--depth", "128"), least=2.7, cpu_least=2.0),
     Case("4k randread QD32, polling client", HOLES, (*_4K, "--depth", "32", "--poll")),
@@ -71,82 +88,6 @@ PEERS = {
 LIMIT_LEAST = 0.9
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running export. ``way``: how it does its I/O; ``command``: how it was started."""
-
-    way: str
-    pid: int
-    socket: Path
-    command: tuple[str, ...]
-
-    def cpu_ns(self) -> int:
-        """CPU time of the process, as clock_getcpuclockid(3) names it."""
-        return time.clock_gettime_ns((~self.pid << 3) | 2)
-
-    def memory_mib(self) -> float:
-        """What no other process shares."""
-        lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
-
-
-@contextlib.contextmanager
-def running(way: str, socket: Path, command: Sequence[str], environment: dict[str, str]) -> Iterator[Server]:
-    """A server for the length of a block."""
-    env = os.environ | environment
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, env=env, stdout=said, stderr=said, stdin=subprocess.DEVNULL) as process,
-    ):
-        try:
-            deadline = time.monotonic() + _WAIT
-            while not socket.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    raise RuntimeError(f"{' '.join(command)}: no {socket}\n{said.read()}")
-                time.sleep(0.02)
-            yield Server(way, process.pid, socket, tuple(command))
-        finally:
-            process.send_signal(signal.SIGTERM)
-
-
-def ours(place: str, image: Path, folder: Path) -> contextlib.AbstractContextManager[Server]:
-    source = OURS[place].format(image=image)
-    socket = folder / "ours.sock"
-    words = [sys.executable, "-P", "-m", "vduse_blk.cli", "serve", source, "--name", "bench", "--queues", str(QUEUES)]
-    words += ["--export", f"vhost-user:{socket}", "--path", "plugin" if place == PYTHON else "native"]
-    return running(source.partition("?")[2], socket, words, {control.RUN_ENV: str(folder / "run")})
-
-
-def qsd(way: str, number: int, image: Path, folder: Path) -> contextlib.AbstractContextManager[Server]:
-    socket = folder / f"qsd{number}.sock"
-    words = [QSD, "--object", "iothread,id=thread"]
-    words += ["--blockdev", f"driver=file,node-name=image,filename={image},{way}"]
-    words += ["--export", f"type=vhost-user-blk,id=export,node-name=image,addr.type=unix,addr.path={socket},"
-              f"writable=on,num-queues={QUEUES},iothread=thread"]  # fmt: skip
-    return running(way, socket, words, {})
-
-
-def make_image(path: Path, filled: bool) -> Path:
-    with path.open("wb") as file:
-        file.truncate(IMAGE_BYTES)
-        for _ in range(IMAGE_BYTES // MIB if filled else 0):
-            file.write(bytes(MIB))
-    return path
-
-
-def load(generator: Path, server: Server, case: Case, seconds: int) -> dict[str, float]:
-    """One turn: what the generator prints, and the server's CPU microseconds per I/O."""
-    before = server.cpu_ns()
-    words = [str(generator), str(server.socket), "--seconds", str(seconds), *case.words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds + 60, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout)
-    found["server_cpu_us_per_io"] = (server.cpu_ns() - before) / 1000 / found["ios"]
-    return found
-
-
 def fio(image: Path, seconds: int) -> float:
     """IOPS of 4 KiB random reads at QD32 straight on the file: what the kernel can do without anybody between."""
     words = ["fio", "--name=limit", f"--filename={image}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=io_uring"]
@@ -163,45 +104,82 @@ def measure(place: str, cases: Sequence[Case], rounds: int, seconds: int, genera
     with tempfile.TemporaryDirectory(prefix="bench", dir=parent) as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         image = make_image(folder / "0.img", filled=place != HOLES)
-        us = stack.enter_context(ours(place, image, folder))
+        path = "plugin" if place == PYTHON else "native"
+        us = stack.enter_context(ours(OURS[place].format(image=image), folder, QUEUES, path=path))
+        nothing = stack.enter_context(ours(f"null:{IMAGE_BYTES}", folder, QUEUES, name="nothing"))
         peers = []
         for number, way in enumerate(PEERS[place]):
             peer_image = make_image(folder / f"{number + 1}.img", filled=place != HOLES)
-            peers.append(stack.enter_context(qsd(way, number, peer_image, folder)))
+            peers.append(stack.enter_context(qsd(way, number, peer_image, folder, QUEUES)))
         for case in cases:
-            results: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *(peer.way for peer in peers))}
-            limit: list[float] = []
-            for _ in range(rounds):
-                results["ours"].append(load(generator, us, case, seconds))
-                for peer in peers:
-                    results[peer.way].append(load(generator, peer, case, seconds))
-                if case.name == "4k randread QD32" and place == HOLES:
-                    limit.append(fio(image, seconds))
-            best, _ = best_peer({peer.way: [run[case.unit] for run in results[peer.way]] for peer in peers})
-            yield from rows_of(case, results["ours"], results[best], best, limit)
+            with cpu_each([us, nothing, *peers]) if case.cpu_each else contextlib.nullcontext(()) as before:
+                yield from measure_case(case, us, nothing, peers, rounds, seconds, generator, before, image)
         memory = min(peer.memory_mib() for peer in peers)
         yield Row(f"{place}: unshared memory", "MiB", [us.memory_mib()], [memory], less_is_better=True)
 
 
-def rows_of(
-    case: Case, mine: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], way: str, limit: Sequence[float]
+def measure_case(
+    case: Case,
+    us: Server,
+    nothing: Server,
+    peers: Sequence[Server],
+    rounds: int,
+    seconds: int,
+    generator: Path,
+    before: Sequence[str],
+    image: Path,
 ) -> Iterator[Row]:
-    """What one case says: its throughput first."""
+    """One case, round by round. ``nothing``: our server of a disk without storage, which shows the client's limit."""
+    results: dict[str, list[dict[str, float]]] = {peer.way: [] for peer in peers}
+    mine: list[dict[str, float]] = []
+    straight: list[float] = []
+    ceiling = [turn(generator, nothing, case.words, seconds, before)[case.unit] for _ in range(LIMIT_ROUNDS)]
+    for _ in range(rounds):
+        mine.append(turn(generator, us, case.words, seconds, before))
+        for peer in peers:
+            results[peer.way].append(turn(generator, peer, case.words, seconds, before))
+        if case.name == "4k randread QD32" and case.place == HOLES:
+            straight.append(fio(image, seconds))
+    best, _ = best_peer({way: [run[case.unit] for run in runs] for way, runs in results.items()})
+    yield from rows_of(case, mine, results[best], best, straight, ceiling)
+    peer = next(peer for peer in peers if peer.way == best)
+    ours, theirs = (syscalls_per_io(generator, server, case.words) for server in (us, peer))
+    if ours is not None and theirs is not None:
+        title = f"{case.place}: {case.name}: system calls per I/O"
+        yield Row(title, "", [ours], [theirs], less_is_better=True, notes=("one turn, counted by perf",))
+
+
+def rows_of(
+    case: Case,
+    mine: Sequence[dict[str, float]],
+    theirs: Sequence[dict[str, float]],
+    way: str,
+    straight: Sequence[float],
+    ceiling: Sequence[float],
+) -> Iterator[Row]:
+    """What one case says: its throughput first. ``straight``: fio on the file; ``ceiling``: a disk without storage."""
 
     def rounds(runs: Sequence[dict[str, float]], key: str) -> list[float]:
         return [run[key] for run in runs]
 
     title = f"{case.place}: {case.name}"
     ours, peer = rounds(mine, case.unit), rounds(theirs, case.unit)
-    yield Row(title, UNITS[case.unit], ours, peer, least=case.least, notes=(f"peer: {way}",))
-    if limit:
-        yield Row(f"{title}, against fio on the file", "IOPS", ours, limit, least=LIMIT_LEAST)
-    for key, what, least in (
-        ("server_cpu_us_per_io", "CPU of the server per I/O", case.cpu_least),
-        ("p50_us", "half of the I/Os within", None),
-        ("p99_us", "99 % of the I/Os within", None),
+    notes = [f"peer: {way}"]
+    if case.cpu_each:
+        notes.append("server and client bound to a CPU each")
+    if max(map(statistics.median, (ours, peer))) > LIMIT_SHARE * statistics.median(ceiling):
+        notes.append(LIMIT_NOTE)
+    yield Row(title, UNITS[case.unit], ours, peer, least=case.least, notes=tuple(notes))
+    if straight:
+        yield Row(f"{title}, against fio on the file", "IOPS", ours, straight, least=LIMIT_LEAST)
+    for key, what, unit, least in (
+        ("server_cpu_us_per_io", "CPU of the server per I/O", "us", case.cpu_least),
+        ("p50_us", "half of the I/Os within", "us", None),
+        ("p99_us", "99 % of the I/Os within", "us", None),
+        ("interrupts_per_io", "interrupts per I/O", "", None),
     ):
-        yield Row(f"{title}: {what}", "us", rounds(mine, key), rounds(theirs, key), less_is_better=True, least=least)
+        yield Row(f"{title}: {what}", unit, rounds(mine, key), rounds(theirs, key), less_is_better=True, least=least)
+    yield Row(f"{title}: our server without storage", UNITS[case.unit], ceiling)
 
 
 def machine() -> str:
@@ -213,19 +191,29 @@ def machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/native", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each server in each case (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each server in each case (%(default)s)")
     parser.add_argument("--seconds", type=int, default=1, help="length of a turn (%(default)s)")
-    parser.add_argument("--case", default="*", help="only these cases: a name or a pattern, '*QD32'")
+    parser.add_argument(
+        "--part", choices=("demanded", "scaling"), help="only what is demanded, or only what is shown beside it"
+    )
+    parser.add_argument("--case", help="only these cases of what is demanded: a name or a pattern, '*QD32'")
     arguments = parser.parse_args()
+    end_on_signals()
     generator = BUILD / "vhost_gen"
     BUILD.mkdir(parents=True, exist_ok=True)
     subprocess.run(["gcc", *CFLAGS, "-pthread", TOP / "bench/vhost_gen.c", "-o", generator], check=True)
+    part = "demanded" if arguments.case else arguments.part
     rows: list[Row] = []
-    for place in (HOLES, TMPFS, PYTHON):
-        cases = [case for case in CASES if case.place == place and fnmatch.fnmatch(case.name, arguments.case)]
+    for place in (HOLES, TMPFS, PYTHON) if part != "scaling" else ():
+        cases = [case for case in CASES if case.place == place and fnmatch.fnmatch(case.name, arguments.case or "*")]
         if cases:
             print(f"bench: {place}: {len(cases)} cases", flush=True)
             rows += measure(place, cases, arguments.rounds, arguments.seconds, generator)
+    if part != "demanded":
+        print("bench: queues, sizes, the log, disks", flush=True)
+        rows += scaling.measure(generator, arguments.seconds)
+    if not rows:
+        parser.error(f"no such case: {arguments.case}")
     version = subprocess.run([QSD, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
     report = Report(
         name="bench",
@@ -239,7 +227,10 @@ def main() -> int:
             "client": "vhost_gen, a sleeping front-end where not said otherwise, split ring of 256, indirect, EVENT_IDX",
         },
     )
-    report.write(RESULTS if arguments.case == "*" else BUILD)
+    # What was measured in part does not replace what was measured whole.
+    report.write(BUILD if part else RESULTS)
+    if not part:
+        readme.main()
     print(report.text())
     return report.exit_status
 

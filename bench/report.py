@@ -100,14 +100,14 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """What the table shows, under ``HEADINGS``."""
-        least = _number(self.least) if self.most is None else f"at most {_number(self.most)}"
+        least = number_text(self.least) if self.most is None else f"at most {number_text(self.most)}"
         spread = "" if self.spread is None else f"{self.spread[0]:.2f}-{self.spread[1]:.2f}"
         remarks = self.notes if self.short is None else (f"SHORT: {self.short}", *self.notes)
         return (
             self.case,
             self.unit,
-            _number(self.our_median),
-            _number(self.peer_median),
+            number_text(self.our_median),
+            number_text(self.peer_median),
             "" if self.ratio is None else f"{self.ratio:.3f}",
             least,
             str(self.rounds),
@@ -184,7 +184,8 @@ def best_peer(peers: Mapping[str, Sequence[float]], less_is_better: bool = False
     return name, peers[name]
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """A figure as people read it; nothing for None."""
     if value is None:
         return ""
     if value == 0 or abs(value) >= 1000:

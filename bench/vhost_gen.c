@@ -2,10 +2,12 @@
  * A load generator that is a vhost-user-blk front-end: what a virtual machine would do to an export, without the machine.
  *
  *   vhost_gen SOCKET [--queues N] [--depth D] [--size BYTES] [--seconds S] [--op read|write] [--sequential] [--poll]
+ *                   [--inflight] [--begin T]
  *
  * One thread per queue keeps D requests of BYTES in flight on a split ring of 256 entries with indirect descriptors and
  * EVENT_IDX. A sleeping client waits for interrupts like a Linux driver; a polling one (--poll) never asks for any.
- * Prints one JSON object. Exit status 1: a request failed, or the back-end broke the protocol.
+ * --inflight: the back-end notes requests in flight in memory that we keep (INFLIGHT_SHMFD). --begin: the load starts when
+ * CLOCK_MONOTONIC is T seconds, so that several generators start at once. Prints one JSON object. Exit status 1: a request failed, or the back-end broke the protocol.
  *
  * It trusts the back-end's lengths: it measures programs on this machine, it does not defend itself against them.
  */
@@ -33,9 +35,9 @@ enum { RING = 256, QUEUES_MAX = 16, BUCKETS = 64 * 16, PAGE = 4096 };
 enum { /* vhost-user requests */
     GET_FEATURES = 1, SET_FEATURES = 2, SET_OWNER = 3, SET_MEM_TABLE = 5, SET_VRING_NUM = 8, SET_VRING_ADDR = 9,
     SET_VRING_BASE = 10, GET_VRING_BASE = 11, SET_VRING_KICK = 12, SET_VRING_CALL = 13, GET_PROTOCOL_FEATURES = 15,
-    SET_PROTOCOL_FEATURES = 16, SET_VRING_ENABLE = 18, GET_CONFIG = 24,
+    SET_PROTOCOL_FEATURES = 16, SET_VRING_ENABLE = 18, GET_CONFIG = 24, GET_INFLIGHT_FD = 31, SET_INFLIGHT_FD = 32,
 };
-enum { PROTOCOL_MQ = 1 << 0, PROTOCOL_CONFIG = 1 << 9 };
+enum { PROTOCOL_MQ = 1 << 0, PROTOCOL_CONFIG = 1 << 9, PROTOCOL_INFLIGHT = 1 << 12 };
 #define F_INDIRECT (1ULL << 28)
 #define F_EVENT_IDX (1ULL << 29)
 #define F_PROTOCOL (1ULL << 30)
@@ -52,6 +54,7 @@ struct message {
         struct { uint32_t index, flags; uint64_t desc, used, avail, log; } addr;
         struct { uint32_t count, padding; struct { uint64_t gpa, size, uva, offset; } region; } memory;
         struct { uint32_t offset, size, flags; uint8_t bytes[60]; } config;
+        struct { uint64_t size, offset; uint16_t queues, entries; uint32_t padding; } inflight;
     } p;
 } __attribute__((packed));
 
@@ -77,7 +80,8 @@ struct client {
 
 static unsigned queues = 1, depth = 32, size = 4096;
 static double seconds = 3;
-static bool writing, sequential, polling;
+static bool writing, sequential, polling, inflight_log;
+static unsigned begin; /* seconds of CLOCK_MONOTONIC */
 static uint64_t capacity; /* bytes */
 static uint8_t *shared;
 static atomic_bool stop;
@@ -118,11 +122,19 @@ static void send_message(struct message *m, uint32_t payload, int fd)
         die("sendmsg");
 }
 
-static void receive(struct message *m)
+static int receive(struct message *m) /* the descriptor that came with it, or -1 */
 {
+    struct iovec iov = {m, 12};
+    union { char space[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control = {.space = {0}};
+    struct msghdr h = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+    int fd = -1;
     errno = 0;
-    if (recv(sock, m, 12, MSG_WAITALL) != 12 || m->size > sizeof(m->p) || recv(sock, &m->p, m->size, MSG_WAITALL) != (ssize_t)m->size)
+    if (recvmsg(sock, &h, MSG_WAITALL | MSG_CMSG_CLOEXEC) != 12 || m->size > sizeof(m->p) || recv(sock, &m->p, m->size, MSG_WAITALL) != (ssize_t)m->size)
         die("recv");
+    struct cmsghdr *c = CMSG_FIRSTHDR(&h);
+    if (c != NULL && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+        memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+    return fd;
 }
 
 static uint64_t ask(uint32_t request)
@@ -168,7 +180,9 @@ static void set_up(size_t memory_size, int memory_fd)
     protocol = ask(GET_PROTOCOL_FEATURES);
     if (!(protocol & PROTOCOL_CONFIG))
         die("the back-end has no configuration space");
-    tell(SET_PROTOCOL_FEATURES, protocol & (PROTOCOL_MQ | PROTOCOL_CONFIG));
+    if (inflight_log && !(protocol & PROTOCOL_INFLIGHT))
+        die("the back-end keeps no log of requests in flight");
+    tell(SET_PROTOCOL_FEATURES, protocol & (PROTOCOL_MQ | PROTOCOL_CONFIG | (inflight_log ? PROTOCOL_INFLIGHT : 0)));
     tell(SET_FEATURES, wanted);
     memset(&m, 0, sizeof(m));
     m.request = GET_CONFIG;
@@ -183,6 +197,20 @@ static void set_up(size_t memory_size, int memory_fd)
     m.p.memory.region.size = memory_size;
     m.p.memory.region.uva = (uintptr_t)shared;
     send_message(&m, 40, memory_fd);
+    if (inflight_log) {
+        memset(&m, 0, sizeof(m));
+        m.request = GET_INFLIGHT_FD;
+        m.p.inflight.queues = (uint16_t)queues;
+        m.p.inflight.entries = RING;
+        send_message(&m, 24, -1);
+        int log_fd = receive(&m);
+        errno = 0;
+        if (log_fd < 0 || m.p.inflight.size == 0)
+            die("the back-end gives no memory for its log");
+        m.request = SET_INFLIGHT_FD;
+        send_message(&m, 24, log_fd);
+        close(log_fd);
+    }
 }
 
 static uint64_t gpa(const volatile void *p)
@@ -393,6 +421,10 @@ static const char *parse(int argc, char **argv)
             sequential = true;
         else if (strcmp(o, "--poll") == 0)
             polling = true;
+        else if (strcmp(o, "--inflight") == 0)
+            inflight_log = true;
+        else if (strcmp(o, "--begin") == 0)
+            begin = number(o, v, 1, INT32_MAX), i++;
         else if (o[0] != '-' && path == NULL)
             path = o;
         else
@@ -400,7 +432,7 @@ static const char *parse(int argc, char **argv)
     }
     if (path == NULL || size % 512 != 0) {
         fprintf(stderr, "usage: vhost_gen SOCKET [--queues N] [--depth D] [--size BYTES] [--seconds S] [--op read|write] "
-                        "[--sequential] [--poll]\n");
+                        "[--sequential] [--poll] [--inflight] [--begin T]\n");
         exit(2);
     }
     return path;
@@ -436,7 +468,10 @@ int main(int argc, char **argv)
     (void)ask(GET_FEATURES); /* the back-end has taken in everything before */
     for (unsigned q = 0; q < queues; q++) /* some back-ends make a shared description non-blocking; a driver sleeps */
         (void)fcntl(clients[q].call_fd, F_SETFL, fcntl(clients[q].call_fd, F_GETFL) & ~O_NONBLOCK);
-    uint64_t begin = now_ns(CLOCK_MONOTONIC);
+    struct timespec at = {(time_t)begin, 0}; /* in the past: at once */
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, NULL) == EINTR) {
+    }
+    uint64_t began = now_ns(CLOCK_MONOTONIC);
     for (unsigned q = 0; q < queues; q++)
         if (pthread_create(&clients[q].thread, NULL, run, &clients[q]) != 0)
             die("pthread_create");
@@ -451,6 +486,6 @@ int main(int argc, char **argv)
         send_message(&m, 8, -1);
         receive(&m);
     }
-    report(clients, (double)(end - begin) / 1e9);
+    report(clients, (double)(end - began) / 1e9);
     return 0;
 }

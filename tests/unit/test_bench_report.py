@@ -114,11 +114,7 @@ def measured(ours: float, idle: float = 0.0) -> dict[str, object]:
     case = "randread 4k QD32"
     speed = {"ours": ours, "peer1": 100.0, "peer2": 120.0}
     same = {"server_cpu_us_per_io": 10.0, "p99_us": 50.0, "tries": 2, "disturbed": 0.1}
-    runs = [
-        {"case": case, "server": server, "iops": iops, **same}
-        for number in range(5)
-        for server, iops in speed.items()
-    ]
+    runs = [{"case": case, "server": server, "iops": iops, **same} for number in range(5) for server, iops in speed.items()]
     cost = {"command": ["server"], "resident_kib": 2048, "unshared_kib": 1024}
     servers = {server: {"way": f"way of {server}", **cost} for server in speed}
     idle_ms = {"ours": idle, "peer1": 5.0, "peer2": 0.0}
