@@ -106,7 +106,7 @@ def fio(device: str, **options: object) -> dict[str, Any]:
     return result
 
 
-def wait_until(condition: Any, what: str, timeout: float = 30) -> None:
+def wait_until(condition: Any, what: str, timeout: float = 120) -> None:
     """Wait for a fact of the system; the kernel gives no event for most of them."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -35,7 +35,7 @@ def load(device: str, **more: object) -> list[str]:
     options = {
         "rw": "randwrite", "bsrange": "512-64k", "direct": 1, "ioengine": "libaio", "iodepth": 16, "verify": "crc32c",
         "numjobs": 2, "size": "16M", "offset_increment": "16M", "verify_state_save": 0, "fsync": 64,
-        "verify_backlog": 256, "time_based": 1, "runtime": 15,
+        "verify_backlog": 256, "time_based": 1, "runtime": 60,
     }  # fmt: skip
     return ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in (options | more).items())]
 
