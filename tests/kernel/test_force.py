@@ -1,7 +1,7 @@
 """detach --force is done soon whatever the server does, and the name is free afterwards.
 
-The 5 seconds that are promised are held to where nothing is emulated, by the unit tests of the command; an emulated machine needs
-several just to start an interpreter.
+The 5 seconds that are promised are held to where nothing is emulated, by the unit tests of the command; an emulated
+machine needs several just to start an interpreter.
 """
 
 from __future__ import annotations
