@@ -106,7 +106,7 @@ def test_from_wait_to_fail_the_requests_end_and_back_they_wait(away: Away) -> No
 @pytest.mark.parametrize("end", ["detach", "term"])
 @pytest.mark.parametrize("hangs", [False, True], ids=["waiting", "hanging"])
 def test_a_disk_that_waits_or_hangs_can_be_removed(away: Away, end: str, hangs: bool) -> None:
-    """Within a moment. Detached, what is in flight fails; ended by a signal, what waits goes on waiting for the next server."""
+    """Within a moment. Detached, what is in flight fails; ended by a signal, what waits waits for the next server."""
     if hangs and away.path == "plugin":  # nothing hangs on purpose in C: there it waits both times
         away.server.call("set", values={"faults.hang": "1"})
         requests = away.reads(16)
