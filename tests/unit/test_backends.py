@@ -989,3 +989,16 @@ def test_sizes_that_no_disk_has(kind: type[MemoryBackend] | type[NullBackend], s
     """Refused without a word of files, which these are not."""
     error = refusal(kind(kind.Options(size=size)))
     assert (str(error), error.exit_code) == (f"size: {size} is not usable; accepted are positive multiples of 512 bytes", 2)
+
+
+def test_a_read_of_ones_own_is_not_gone_past() -> None:
+    """A subclass of a backend that takes batches, with a ``read`` or ``write`` and no ``batch``, takes none."""
+
+    class Own(MemoryBackend):
+        async def read(self, offset: int, into: Any) -> None:
+            await super().read(offset, into)
+
+    class Again(Own):
+        takes_batches = True
+
+    assert [kind.takes_batches for kind in (MemoryBackend, Own, Again)] == [True, False, True]

@@ -85,11 +85,18 @@ class Backend(ABC):
     """Frozen dataclass as ``block.options`` describes: generates URI parsing, help and JSON schema."""
 
     takes_batches: bool = False
-    """Whether ``batch`` may be called. Constant while the backend is open."""
+    """Whether ``batch`` may be called. Constant while the backend is open. A subclass that has a ``read`` or ``write`` of
+    its own and no ``batch`` starts from False again: batches would go past them."""
 
     batch_threads: Threads | None = None
     """Threads of the backend, for a ``batch`` that blocks: it is called on several at a time, each with its share of what
     arrived. None: ``batch`` never blocks, and is called on the event loop. Constant while the backend is open."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.keys()
+        if own & {"read", "write"} and not own & {"batch", "takes_batches"}:
+            cls.takes_batches = False
 
     def __init__(self, options: Any) -> None:
         """``options`` is an instance of ``Options``. Touches nothing."""
