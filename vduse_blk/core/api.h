@@ -184,7 +184,6 @@ struct vb_queue_config {
     int32_t notify_fd;   /* eventfd or VDUSE device, device -> driver */
     uint32_t notify_kind;
     int32_t event_fd; /* eventfd, queue -> control: look at state, miss_*, table_generation */
-    uint32_t batch;   /* requests per publish, 0 = default */
     /* Crash log of at least `num` entries, aligned to 8 bytes; NULL = none. With one that was used before, the queue begins
      * behind what it and the used ring know of, whatever last_avail says, after doing again what was popped and not
      * answered. */

@@ -1,12 +1,12 @@
 /*
  * The queue thread: wait, fetch a chunk, submit, reap, publish, notify; Python sleeps throughout.
  *
- *   fetch <= batch requests and <= CHUNK_BYTES -> submit (and wait only if nothing else is waiting) -> reap -> publish
+ *   fetch <= chunk requests and <= CHUNK_BYTES -> submit (and wait only if nothing else is waiting) -> reap -> publish
  *   once -> notify at most once -> again
  *
  * The chunk is the most important number here: without it the whole queue moves in lock step (fetch all, wait for all),
- * with a chunk of one every request pays its own system calls and interrupt. Eight requests, bounded by bytes so that large
- * transfers still overlap, was the best of 1, 4, 8, 16 and unbounded at queue depth 32.
+ * with a chunk of one every request pays its own system calls and interrupt. Half of what there is, within CHUNK_LEAST and
+ * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured).
  *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
@@ -122,11 +122,8 @@ static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
 }
 
 /* Requests of the next chunk: half of what there is, so that one half is with the storage while the other is with us. */
-static uint32_t chunk(const struct vb_engine *engine)
+static uint32_t chunk(struct vb_queue *queue)
 {
-    struct vb_queue *queue = engine->queue;
-    if (queue->config.batch != 0)
-        return queue->config.batch;
     uint32_t half = (queue->inflight + vring_pending(&queue->ring)) / 2;
     return half < CHUNK_LEAST ? CHUNK_LEAST : half > CHUNK_MOST ? CHUNK_MOST : half;
 }
@@ -207,7 +204,7 @@ static void serve_sync(struct vb_engine *engine)
         bool taken_up = take_up(engine, do_sync);
         if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
-            uint32_t room = chunk(engine);
+            uint32_t room = chunk(queue);
             vring_disable_kick(&queue->ring);
             for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
                 bool more;
@@ -319,7 +316,7 @@ static bool fetch_chunk(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     uint64_t bytes = 0;
     bool more = true;
-    uint32_t room = chunk(engine);
+    uint32_t room = chunk(queue);
     for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
         struct vblk_req *req = queue_fetch(queue, &more);
         if (req != NULL) {

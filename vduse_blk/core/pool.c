@@ -176,6 +176,8 @@ int pool_start(struct pool *pool, struct vblk_req *req)
 
 struct vblk_req *pool_done(struct pool *pool)
 {
+    if (!pool_has_news(pool)) /* asked at every turn of every queue without io_uring, pool or not */
+        return NULL;
     struct vblk_req *newest = atomic_exchange_explicit(&pool->done, NULL, memory_order_acquire);
     struct vblk_req *oldest = NULL;
     while (newest != NULL) {

@@ -152,8 +152,8 @@ def views_of(iov: Any, count: int, *, writable: bool) -> list[memoryview]:
 def release(views: list[memoryview]) -> None:
     """A backend that keeps a view beyond its request would touch another's data; make that an exception.
 
-    A view that is exported further (numpy, a socket's send) cannot be released: then the backend broke the
-    contract, and the reference it holds keeps only the view alive, never the mapping.
+    What was made from a view (a slice, ctypes, numpy) is out of reach, and one that is exported at this moment cannot be
+    released: then the backend has broken the contract, and nothing here protects it. The conformance kit looks for it.
     """
     for view in views:
         try:
