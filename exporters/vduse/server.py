@@ -271,12 +271,14 @@ class DeviceServer:
             queue.start(setup, self._iova)
         self._queues[index] = queue
         self.replayed += queue.view().replayed
-        # Kicks that came before this are latched by the kernel and delivered now.
+        # Kicks that came before this were latched by the kernel, if nobody served the queue before, and come now ...
         try:
             self._device.set_kickfd(index, self._kicks[index])
         except VduseError:
             self._setups[index] = dataclasses.replace(setup, last_avail=self._stop_queue(index))
             raise
+        # ... or went to a dead server's descriptor, which the kernel kept until now: look at the ring once more.
+        os.eventfd_write(self._kicks[index], 1)
         self._settle_interrupts(index)
 
     def _settle_interrupts(self, index: int) -> None:

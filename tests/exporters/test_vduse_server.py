@@ -208,6 +208,24 @@ def test_taking_over_without_memory(kernel: Kernel) -> None:
         assert kernel.flush(0) == OK
 
 
+def test_a_kick_that_went_to_the_dead_server_is_not_missed(kernel: Kernel) -> None:
+    """The kernel keeps a dead server's kick descriptor until the next one sets its own. What the driver makes available
+    after the successor's first look at the ring, and before that, is kicked there, and the driver will not kick again."""
+    requests = []
+
+    def set_kickfd(index: int, fd: int | None) -> None:
+        if fd is not None:
+            time.sleep(0.1)  # the queue has looked, and sleeps
+            requests.append(kernel.drivers[index].request(FLUSH))
+
+    kernel.set_kickfd = set_kickfd  # type: ignore[method-assign]
+    with Served(kernel, adopt=True) as served:
+        served.server.wait_until_taken_over()
+        for driver in kernel.drivers:
+            driver.collect()
+        assert [request.status for request in requests] == [OK, OK]
+
+
 def test_a_bug_in_taking_over_leaves_somebody_who_answers(kernel: Kernel) -> None:
     """Whatever goes wrong, the message thread lives."""
     kernel.features = lambda: 1 // 0  # type: ignore[method-assign]
