@@ -8,9 +8,9 @@ random instant (while it serves, while it takes over, while it starts) the serve
     an acknowledged write is there, whole; one in flight is there or not, word by word; nothing else is anywhere
 
 and every request is answered once. Every tenth server lives until all that was ever offered is answered: what is missing
-then is lost; and what it says it has replayed must be what the log of its predecessor says. Requests that overtake each other
-are what makes this hard, so they are counted: a death "with a gap" is one after which resuming from used.idx alone, as without
-a log, would lose a request and do another twice. ``forgetful`` does just that (it gets a new log each time) and has to fail.
+then is lost; and what it says it has replayed must be what the log of its predecessor says. Requests that overtake each
+other are what makes this hard, so they are counted: a death "with a gap" is one after which resuming from used.idx alone, as
+without a log, loses a request and does another twice. ``forgetful`` does just that, with a new log each time, and must fail.
 
 A server is forked from a process that has all imports done, and runs the worker's own main(). The seed decides everything
 but the time that things take.
@@ -37,9 +37,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from vduse_blk.exporters.vhost_user.messages import ProtocolFeature
 
 from vduse_blk import control
-from vduse_blk.exporters.vhost_user.messages import ProtocolFeature
 from vduse_blk.testing.driver import DISCARD, FLUSH, IN, OK, OUT, WRITE_ZEROES, Request
 from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.worker import __main__ as worker
@@ -377,7 +377,7 @@ class Life:
             old, new = words_of(self._now[bad]), words_of(self._then[bad])
             bad = bad[((image[bad] != old) & (image[bad] != new)).any(axis=1)]
         if len(bad):
-            raise Wrong(f"sector {bad[0]} and {len(bad) - 1} others hold neither what was acknowledged nor what is in flight")
+            raise Wrong(f"{len(bad)} sectors from {bad[0]} on hold neither what was acknowledged nor what is in flight")
 
     # ---- requests ----
 
