@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from vduse_blk.exporters.vhost_user.messages import ProtocolFeature
 
 from vduse_blk import control
-from vduse_blk.testing.driver import DISCARD, FLUSH, IN, OK, OUT, WRITE_ZEROES, Request
+from vduse_blk.testing.driver import DISCARD, FLUSH, IN, OK, OUT, STALE, WRITE_ZEROES, Request
 from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.worker import __main__ as worker
 
@@ -148,10 +148,10 @@ class Nursery:
         os.close(theirs)
 
         def ready() -> str | None:
-            said = json.loads(file.readline() or "{}")
+            said = json.loads(answer.readline() or "{}")
             return None if said.get("ready") else f"{said}"
 
-        file = open(pipe, "rb")  # noqa: SIM115 - dies with ready, or with this process
+        answer = open(pipe, "rb")  # noqa: SIM115 - dies with ready, or with this process
         return pid, ready
 
     def _peer(self) -> tuple[int, Any]:
@@ -216,7 +216,8 @@ class Queue(FrontendQueue):
 
 def words_of(stamps: Words) -> Words:
     """The contents of sectors with these stamps; 0 stands for zeros."""
-    return (stamps[:, None] ^ _PATTERN) * (stamps != 0)[:, None]
+    words: Words = (stamps[:, None] ^ _PATTERN) * (stamps != 0)[:, None]
+    return words
 
 
 def popped(area: InflightFile, index: int, used_idx: int) -> int:
@@ -418,7 +419,8 @@ class Life:
         request = queue._requests.pop(flying.request.head)
         status = queue.get(request.status_iova, 1)[0]
         if status != OK:
-            raise Wrong(f"a request of kind {flying.kind} on sectors {flying.first} to {flying.end - 1} has status {status}")
+            what = "was answered and not done" if status == STALE else f"has status {status}"
+            raise Wrong(f"a request of kind {flying.kind} on sectors {flying.first} to {flying.end - 1} {what}")
         where = slice(flying.first, flying.end)
         if flying.kind == IN:
             found = np.frombuffer(queue.data(request), np.uint64).reshape(-1, 64)
