@@ -3,7 +3,7 @@
 ARGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup demo test test-fast test-kernel fuzz compare bench clean
+.PHONY: help setup demo test test-fast test-kernel torture torture-native fuzz compare bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,14 @@ test-fast: ## what needs no virtual machine, under 3 minutes
 test-kernel: ## the tests on a real VDUSE kernel, in the virtual machine (HOST=1: on this host's own); ARGS='-k resize'
 	@tools/setup dev vm
 	@HOST=$(HOST) tools/test kernel $(ARGS)
+
+torture: ## kill servers under fio, KILLS=200 times, on a VDUSE kernel; SEED=n repeats a run, PEER=1 shows qemu-storage-daemon's
+	@tools/setup dev vm
+	@KILLS=$(KILLS) SEED=$(SEED) PEER=$(PEER) HOST=$(HOST) tests/torture/run vm
+
+torture-native: ## the same over vhost-user, without a virtual machine, KILLS=2000 times
+	@tools/setup dev
+	@KILLS=$(KILLS) SEED=$(SEED) PEER=$(PEER) tests/torture/run native
 
 fuzz: ## search for crashes in the C core for FUZZ_SECONDS
 	@tools/setup dev fuzz

@@ -87,7 +87,7 @@ class FrontendServer:
             negotiated, queues = session.negotiated, session.queue_states()
         else:
             negotiated = 0
-            unused = {"size": 0, "ready": False, "state": "unused"}
+            unused = {"size": 0, "ready": False, "state": "unused", "replayed": 0}
             queues = [{"index": index} | unused for index in range(self._virtio.num_queues)]
         return {
             "frontend": self.peer,

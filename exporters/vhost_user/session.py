@@ -575,12 +575,20 @@ class Session:
         return [vring.queue for vring in self._vrings if vring.queue is not None]
 
     def queue_states(self) -> list[dict[str, Any]]:
-        """For ``info``: index, size and state of every queue the front-end may use."""
+        """For ``info``: index, size and state of every queue the front-end may use; how many requests it took over."""
         states = []
         for vring in self._vrings:
             queue = vring.queue
-            state = "unused" if queue is None else queue.view().state.name.lower()
-            states.append({"index": vring.index, "size": vring.num, "ready": queue is not None, "state": state})
+            view = None if queue is None else queue.view()
+            states.append(
+                {
+                    "index": vring.index,
+                    "size": vring.num,
+                    "ready": view is not None,
+                    "state": "unused" if view is None else view.state.name.lower(),
+                    "replayed": 0 if view is None else view.replayed,
+                }
+            )
         return states
 
 

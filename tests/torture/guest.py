@@ -1,0 +1,412 @@
+"""The torture on a real kernel, as root: two disks under fio with verification, their servers killed all the time.
+
+    python -m tests.torture.guest --kills N [--seed N] [--server ours|qsd]
+
+One disk is used raw, the other has a file system on it. Rounds of fio (four jobs of depth 16; reads, verified writes, trims
+and flushes of 512 bytes to 128 KiB) follow each other until enough servers have died by SIGKILL, at random instants; some of
+them while they were taking over. Who comes next turns: the monitor's server twice, then ``serve``, then ``attach``, then
+``attach`` with a new monitor. At the end: no error of fio's, none in the kernel's log, a clean file system, every take-over
+in the trace, and what it replayed no more than what the log of its predecessor had in flight.
+
+Every other stretch of the storage is slow, so that there is always something in flight, and requests overtake each other. A
+death "with a gap" found some that later ones had overtaken; what that means is in tests/torture/native.py.
+
+With ``qsd`` the servers are qemu-storage-daemon's, started again with the same words; it keeps its own log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run
+from vduse_blk import control
+from vduse_blk.control import ControlError
+
+MIB = 1 << 20
+SIZE = 96 * MIB
+JOBS, JOB_BYTES = 4, 8 * MIB
+_PATIENCE = 120.0
+"""Seconds for anything that is not held up for ever. An emulated machine is slow."""
+_LOG = struct.Struct("<8sIII")
+_TROUBLE = re.compile(r"I/O error|EXT4-fs (error|warning)|lost async page write|is not a head|blocked for more than")
+
+ROUND_SECONDS = 20
+_FIO = (
+    "--ioengine=libaio --direct=1 --iodepth=16 --bsrange=512-128k --fsync=32 --verify=crc32c --verify_backlog=64 "
+    f"--verify_fatal=1 --verify_state_save=0 --time_based --runtime={ROUND_SECONDS} --size={JOB_BYTES} "
+    f"--offset_increment={JOB_BYTES}"
+).split()
+_MIXED = ("--rw=randrw", "--rwmixread=30")
+_TRIM = ("--rw=randtrimwrite",)
+
+
+_STRETCH = 4 * MIB
+_SLOW_MS = 8
+
+
+class Wrong(Exception):
+    """What must never happen, as a sentence."""
+
+
+def wait(condition: Callable[[], object], what: str, seconds: float = _PATIENCE) -> None:
+    """The kernel gives no event for what is waited for here."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Wrong(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """A dead process that nobody has waited for is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    wait(lambda: not is_alive(pid), f"process {pid} is dead")
+
+
+@contextlib.contextmanager
+def uneven(name: str, path: Path) -> Iterator[Path]:
+    """A block device over a file, of stretches that are fast and slow by turns."""
+    run("modprobe", "-a", "loop", "dm-delay")
+    loop = run("losetup", "--find", "--show", path).stdout.strip()
+    try:
+        table = []
+        for number, start in enumerate(range(0, SIZE, _STRETCH)):
+            way, more = ("delay", f" {_SLOW_MS}") if number % 2 else ("linear", "")
+            table.append(f"{start // 512} {_STRETCH // 512} {way} {loop} {start // 512}{more}")
+        run("dmsetup", "create", f"torture-{name}", input="\n".join(table))
+        try:
+            yield Path(f"/dev/mapper/torture-{name}")
+        finally:
+            run("dmsetup", "remove", "--retry", f"torture-{name}", check=False)
+    finally:
+        run("losetup", "-d", loop, check=False)
+
+
+class Ours:
+    """Our servers of one disk, one after the other."""
+
+    NEXT = ("monitor", "monitor", "serve", "attach", "attach with a monitor")
+
+    def __init__(self, name: str, path: Path, chance: random.Random, counts: Counter[str]) -> None:
+        self.name, self._chance, self._counts = name, chance, counts
+        self._source = f"file:{path}?direct=1"  # through the page cache nothing would be slow
+        self._turn = 0
+        self._by = ""
+        self._starter: subprocess.Popen[bytes] | None = None
+        self.device = cli("attach", self._source, "--name", name, "--restart", "on-failure").stdout.strip()
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return control.read_state(self.name)
+        except ControlError:
+            return {}
+
+    def _pid(self) -> int:
+        return int(self._state().get("pid", 0))
+
+    def _is_served(self) -> bool:
+        return self._state().get("phase") == "serving" and is_alive(self._pid())
+
+    def kill(self, *, again_after: float | None) -> int:
+        """Kill the server, see to the next one. ``again_after``: kill that one, too, so many seconds after its start, and go
+        on to the one after it. Returns how many were killed."""
+        dead, killed = self._pid(), 1
+        monitor = int(self._state().get("monitor", 0))
+        self._by = self.NEXT[self._turn % len(self.NEXT)]
+        self._turn += 1
+        if self._by != "monitor" and monitor:
+            kill(monitor)  # first, or it would start one
+        kill(dead)
+        popped = self._popped()
+        if self._by != "monitor":
+            self._start(self._by)
+        wait(lambda: self._is_tended() and self._pid() != dead, f"a server after {dead}")
+        if again_after is not None:
+            time.sleep(again_after)
+            kill(self._pid())
+            killed = 2
+        wait(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
+        event = [event for event in control.read_events(self.name) if event["event"] == "taken over"][-1]
+        if event["pid"] != self._pid():
+            raise Wrong(f"the trace has no word of the server {self._pid()}")
+        if killed == 1 and event["replayed"] > popped:
+            raise Wrong(f"the log had {popped} requests in flight, {event['replayed']} were replayed")
+        self._counts[f"by {self._by}"] += 1
+        self._counts["replays"] += event["replayed"]
+        self._counts["take-overs with replays"] += event["replayed"] > 0
+        return killed
+
+    def _is_tended(self) -> bool:
+        """Start a server where nobody would: one that died while it started ends ``attach``, and its monitor."""
+        state = self._state()
+        starting = self._starter is not None and self._starter.poll() is None
+        if not (starting or is_alive(int(state.get("pid", 0))) or is_alive(int(state.get("monitor", 0)))):
+            self._by = "attach"
+            self._start(self._by)
+        return True
+
+    def _start(self, way: str) -> None:
+        self._end_starter()
+        words = [*CLI, "serve" if way == "serve" else "attach", self._source, "--name", self.name]
+        words += ["--path", self._chance.choice(("native", "plugin"))]
+        if way == "attach with a monitor":
+            words += ["--restart", "on-failure"]
+        with open(f"/tmp/{self.name}.log", "ab") as log:
+            self._starter = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def _end_starter(self) -> None:
+        """``attach`` ends by itself, ``serve`` with its server."""
+        if self._starter is not None:
+            self._starter.wait(_PATIENCE)
+
+    def _popped(self) -> int:
+        """Requests that the dead server had popped, as its log has them; it may count some that were answered just then."""
+        content = (RUN / self.name / "inflight").read_bytes()
+        _, _, queues, entries = _LOG.unpack_from(content)
+        step = (16 + 16 * entries + 63) // 64 * 64
+        found, gap = 0, False
+        for queue in range(queues):
+            base = 64 + queue * step + 16
+            numbers = [
+                struct.unpack_from("<Q", content, base + 16 * head + 8)[0]
+                for head in range(entries)
+                if content[base + 16 * head]
+            ]
+            found += len(numbers)
+            gap |= bool(numbers) and max(numbers) - min(numbers) >= len(numbers)
+        self._counts["deaths with requests in flight"] += found > 0
+        self._counts["deaths with a gap"] += gap
+        return found
+
+    def log(self) -> str:
+        logs = (Path(f"/tmp/{self.name}.log"), RUN / self.name / "log")
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in logs if path.exists())
+
+    def remove(self) -> None:
+        cli("detach", self.name)
+        self._end_starter()
+        if left := leftovers(self.name):
+            raise Wrong(f"left over: {left}")
+
+    def give_up(self) -> None:
+        cli("detach", self.name, "--force", check=False)
+
+
+class Qsd:
+    """qemu-storage-daemon's."""
+
+    def __init__(self, name: str, path: Path, chance: random.Random, counts: Counter[str]) -> None:
+        self.name, self._path, self._counts = name, path, counts
+        self._start()
+        wait(lambda: Path("/dev/vduse", name).exists(), f"the device {name}")
+        run("vdpa", "dev", "add", "name", name, "mgmtdev", "vduse")
+        disks = Path("/sys/bus/vdpa/devices", name)
+        wait(lambda: any(disks.glob("virtio*/block/*")), f"the disk {name}")
+        self.device = f"/dev/{next(disks.glob('virtio*/block/*')).name}"
+        wait(lambda: Path(self.device).exists(), self.device)
+
+    def _start(self) -> None:
+        words = ["qemu-storage-daemon", "--blockdev"]
+        words += [f"driver=host_device,node-name=image,filename={self._path},cache.direct=on,discard=unmap"]
+        words += ["--export", f"type=vduse-blk,id={self.name},node-name=image,name={self.name},writable=on,num-queues=2"]
+        with open(f"/tmp/{self.name}.log", "ab") as log:
+            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def kill(self, *, again_after: float | None) -> int:
+        self._process.kill()
+        self._process.wait(_PATIENCE)
+        killed = 1
+        self._start()
+        if again_after is not None:
+            time.sleep(again_after)
+            self._process.kill()
+            self._process.wait(_PATIENCE)
+            self._start()
+            killed = 2
+        time.sleep(0.5)  # it says nothing when it serves
+        if self._process.poll() is not None:
+            raise Wrong(f"the server ended with status {self._process.returncode}")
+        return killed
+
+    def log(self) -> str:
+        return Path(f"/tmp/{self.name}.log").read_text(errors="replace")[-3000:]
+
+    def remove(self) -> None:
+        run("vdpa", "dev", "del", self.name)
+        self._process.terminate()
+
+    def give_up(self) -> None:
+        self._process.terminate()
+
+
+class Load:
+    """Rounds of fio on ``where``, a device or a directory."""
+
+    def __init__(self, name: str, where: Path, chance: random.Random, counts: Counter[str]) -> None:
+        self._name, self._where, self._chance, self._counts = name, where, chance, counts
+        self._begin()
+
+    def _begin(self) -> None:
+        words = ["fio", "--output-format=terse", f"--randseed={self._chance.randrange(1 << 32)}"]
+        if self._where.is_dir():
+            words += [f"--name={self._name}", *_FIO, *_MIXED, f"--numjobs={JOBS}"]
+            words += [f"--directory={self._where}", "--unlink=1"]
+        else:
+            for number, ways in enumerate((_MIXED, _TRIM)):
+                words += [f"--name={self._name}{number}", *_FIO, *ways, f"--filename={self._where}"]
+                words += [f"--offset={number * SIZE // 2}", f"--numjobs={JOBS // 2}"]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when the round has ended
+        self._began = time.monotonic()
+        self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT)
+
+    def look(self, *, again: bool) -> bool:
+        """False: the round has ended, and there is no other. Raises Wrong."""
+        if self._process.poll() is None:
+            if time.monotonic() - self._began > 5 * _PATIENCE:
+                raise Wrong(f"{self._name}: fio hangs")
+            return True
+        self._said.seek(0)
+        said = self._said.read()
+        self._said.close()
+        if self._process.returncode != 0:
+            raise Wrong(f"{self._name}: fio ended with status {self._process.returncode}: {said[-2000:]}")
+        self._counts["rounds of fio"] += 1
+        if again:
+            self._begin()
+        return again
+
+    def end(self) -> None:
+        self._process.kill()
+
+
+class Progress:
+    """How many servers have died, of how many; a line now and then. Any thread."""
+
+    def __init__(self, kills: int) -> None:
+        self._kills, self._done, self._told, self._lock = kills, 0, time.monotonic(), threading.Lock()
+
+    def add(self, kills: int) -> None:
+        with self._lock:
+            self._done += kills
+            if time.monotonic() - self._told > 15:
+                self._told = time.monotonic()
+                print(f"torture: {self._done} of {self._kills} kills", flush=True)
+
+
+def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, counts: Counter[str], done: Progress) -> None:
+    """Load one disk and kill its servers. Raises Wrong."""
+    load = Load(disk.name, where, chance, counts)
+    try:
+        while counts["kills"] < kills:
+            time.sleep(chance.random())
+            load.look(again=True)
+            killed = disk.kill(again_after=chance.random() if chance.random() < 0.2 else None)
+            counts["kills"] += killed
+            done.add(killed)
+            load.look(again=True)
+        wait(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        raise Wrong(f"{disk.name}: {type(error).__name__}: {error}") from error
+    finally:
+        load.end()
+
+
+def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter[str]) -> None:
+    """Both disks at once. Raises Wrong."""
+    chances = [random.Random(seed), random.Random(seed + 1)]
+    counters: list[Counter[str]] = [Counter(), Counter()]
+    with (
+        tempfile.TemporaryDirectory(prefix="torture-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as storage,
+    ):
+        mount = Path(folder, "mount")
+        mount.mkdir()
+        disks: list[Ours | Qsd] = []
+        progress = Progress(kills)
+        try:
+            for name, chance, mine in zip(("raw", "fs"), chances, counters, strict=True):
+                place = storage.enter_context(uneven(name, image(Path(folder, f"{name}.img"), SIZE)))
+                disks.append(kind(name, place, chance, mine))
+            run("mkfs.ext4", "-q", disks[1].device)
+            run("mount", "-o", "discard", disks[1].device, mount)
+            places = (Path(disks[0].device), mount)
+            with ThreadPoolExecutor(2) as pool:
+                futures = [
+                    pool.submit(torment, *what, progress)
+                    for what in zip(disks, places, (kills // 2, kills - kills // 2), chances, counters, strict=True)
+                ]
+            for mine in counters:
+                counts.update(mine)
+            for future in futures:
+                future.result()
+            run("umount", mount)
+            checked = run("e2fsck", "-fn", disks[1].device, check=False)
+            if checked.returncode:
+                raise Wrong(f"the file system is damaged: {checked.stdout}")
+            for disk in disks:
+                disk.remove()
+        except BaseException as error:
+            for disk in disks:
+                with contextlib.suppress(OSError):
+                    print(f"--- {disk.name}: {in_flight(disk.device)} requests wait\n{disk.log()}")
+            for disk in disks:
+                disk.give_up()
+            run("umount", "-l", mount, check=False)
+            if isinstance(error, (AssertionError, OSError, subprocess.SubprocessError)):
+                raise Wrong(f"{type(error).__name__}: {error}") from error
+            raise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--server", choices=("ours", "qsd"), default="ours")
+    arguments = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
+    print(f"torture: {arguments.server} over VDUSE, KILLS={arguments.kills} SEED={seed}", flush=True)
+    counts: Counter[str] = Counter()
+    began, before = time.monotonic(), len(run("dmesg").stdout)
+    failure = None
+    try:
+        torture(arguments.kills, seed, Ours if arguments.server == "ours" else Qsd, counts)
+        trouble = [line for line in run("dmesg").stdout[before:].splitlines() if _TROUBLE.search(line)]
+        if trouble:
+            failure = f"the kernel says: {trouble[0]}"
+        elif arguments.server == "ours" and not counts["take-overs with replays"]:
+            failure = "no death found requests in flight: nothing is proven"
+        elif arguments.server == "ours" and arguments.kills >= 20 and not counts["deaths with a gap"]:
+            failure = "no death found requests that had overtaken each other: nothing is proven"
+    except Wrong as wrong:
+        failure = str(wrong)
+    print(f"torture: {', '.join(f'{name} {count}' for name, count in counts.items())}, {time.monotonic() - began:.0f} s")
+    print("torture: ok" if failure is None else f"torture: failed after {counts['kills']} kills, SEED={seed}: {failure}")
+    return 0 if failure is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
