@@ -529,7 +529,8 @@ class Worker:
                 raise ControlError(f"disk '{name}' cannot be upgraded: {stack} ends with its server", Exit.UNSUPPORTED)
             for export in self._exports:
                 if not export.exporter.hands_over:
-                    raise ControlError(f"disk '{name}' cannot be upgraded: {export.text} cannot be handed over", Exit.UNSUPPORTED)
+                    why = f"the export {export.text} cannot be handed over"
+                    raise ControlError(f"disk '{name}' cannot be upgraded: {why}", Exit.UNSUPPORTED)
             disk = self._describe(stack, self._exports[0].exporter)
             if self._inode != disk.inode:  # nobody could open it again
                 raise ControlError(f"disk '{name}' cannot be upgraded: {stack} is not the same file any more", Exit.BUSY)
@@ -634,7 +635,8 @@ class Worker:
             try:
                 await self._succeed(wanted, line)
             except BaseException as error:
-                log.error("disk '%s' is not taken over: %s", self._spec.name, error, exc_info=not isinstance(error, UserError))
+                is_bug = not isinstance(error, UserError)
+                log.error("disk '%s' is not taken over: %s", self._spec.name, error, exc_info=is_bug)
                 code = error.exit_code if isinstance(error, UserError) else Exit.FAILED
                 with contextlib.suppress(OSError):
                     line.send({"error": str(error) or type(error).__name__, "code": int(code)})
@@ -682,7 +684,7 @@ class Worker:
         await stack.open()
         self._stack = stack
         reached("reopened")
-        exporters = []
+        exporters: list[Exporter] = []
         for export, facts in zip(wanted, message["exports"], strict=True):
             exporter = self._make_exporter(export, stack, facts["queue_count"], adopt=True)
             if not exporters:
@@ -696,7 +698,8 @@ class Worker:
             first, count = facts["fds"]
             await exporter.receive(HandOver(facts["facts"], fds[first : first + count]))
             exporters.append(exporter)
-        line.send({"step": "starting"})
+        with contextlib.suppress(OSError):  # the old server's death, from here on to the end
+            line.send({"step": "starting"})
         for text, exporter in zip(self._spec.exports, exporters, strict=True):
             self._add_export(text, exporter, await exporter.resume(stack))
         reached("restarted")
