@@ -8,7 +8,7 @@ served again: the next server takes it over, and what became of the last one is 
                          anything else    pause, start again; pauses grow while servers do not last
                          … too often      given up: the disk stays as it is, its users wait
 
-A server that was replaced by another one (``handover``) leaves it to us: whoever loses his parent below us becomes our child.
+A server that was replaced (``handover``) leaves its successor to us: whoever loses his parent below us becomes our child.
 
 It holds nothing of the disk. A duplicate of the device's descriptor would keep the kernel from giving a message that the
 dead server had read and not answered to the next one; whoever needs the descriptor of a server that hangs takes it from
