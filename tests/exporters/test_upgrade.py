@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import select
+import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -303,3 +306,42 @@ def test_storage_that_ends_with_its_server_is_refused(serve: Serve) -> None:
     with pytest.raises(ControlError, match="ends with its server") as refused:
         upgrade(server)
     assert refused.value.exit_code == Exit.UNSUPPORTED
+
+
+def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
+    """`upgrade` says who serves and how long users waited; the monitor watches the new server from then on, and starts
+    another when it dies; `detach` ends them all; a disk that is not there is exit 3."""
+    environment = os.environ | {control.RUN_ENV: str(tmp_path / "run")}
+    os.environ[control.RUN_ENV] = environment[control.RUN_ENV]
+    (tmp_path / "disk.img").write_bytes(bytes(SIZE))
+
+    def cli(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+
+    assert cli("upgrade", "d").returncode == Exit.NOT_FOUND
+    path = tmp_path / "socket"
+    made = cli("attach", str(tmp_path / "disk.img"), "--name", "d", "--restart", "on-failure", "--export", f"vhost-user:{path}")
+    assert made.returncode == 0, made.stderr
+    before = control.disk_status("d").info
+    said = json.loads(cli("upgrade", "d", "--json").stdout)
+    assert said.keys() == {"ok", "name", "pid", "version", "pause_ms"}
+    assert cli("upgrade", "d").stderr.startswith("vduse-blk: disk 'd' is served by version ")
+    now = control.disk_status("d").info
+    assert now["monitor"] == before["monitor"]
+    assert len({before["pid"], said["pid"], now["pid"]}) == 3
+    assert [event["event"] for event in now["events"]] == ["upgraded", "upgraded"]
+    with control.server_process(now["pid"]) as end:
+        os.kill(now["pid"], signal.SIGKILL)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    deadline = time.monotonic() + 30
+    while (after := control.disk_status("d")).state != "serving":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert after.info["pid"] != now["pid"]
+    assert after.info["monitor"] == before["monitor"]
+    assert after.info["events"][-1]["signal"] == 9
+    with control.server_process(before["monitor"]) as end:
+        assert cli("detach", "d").returncode == 0
+        assert end is None or select.select([end], [], [], 10)[0]

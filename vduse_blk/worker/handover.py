@@ -127,7 +127,8 @@ class Successor:
         try:
             message, fds = self.line.receive(seconds)
         except TimeoutError:
-            raise ControlError(f"the new server did not say '{steps[-1]}' within {seconds:g} seconds", Exit.TIMEOUT) from None
+            sentence = f"the new server did not say '{steps[-1]}' within {seconds:g} seconds"
+            raise ControlError(sentence, Exit.TIMEOUT) from None
         except EOFError:
             raise ControlError(f"the new server {self._end_text()} before it was '{steps[-1]}'", Exit.FAILED) from None
         except (ValueError, OSError) as error:
