@@ -206,7 +206,7 @@ def test_a_new_server_that_fails_changes_nothing(serve: Serve, machine: Machine,
     steps = NEW if inflight else NEW[:-1]
     failures += [((), f"{KILL_ENV}={step}", "signal 9") for step in steps]
     for command, environment, text in failures:
-        with pytest.raises(ControlError, match="served as before|cannot be started") as failure:
+        with pytest.raises(ControlError, match=r"served as before|cannot be started") as failure:
             upgrade(server, *command, environment=environment)
         assert text in str(failure.value)
         check_goes_on(server, load, pid)
@@ -225,7 +225,7 @@ def test_a_new_server_that_fails_changes_nothing(serve: Serve, machine: Machine,
 
 
 def test_a_front_end_without_a_log_is_left_when_nobody_knows(serve: Serve, machine: Machine) -> None:
-    """A new server that dies just after it began, and a front-end without a log: as after any crash it must connect again."""
+    """A new server dies just after it began, and a front-end has no log: as after any crash it must connect again."""
     server = serve()
     frontend = machine.boot(server)
     with pytest.raises(ControlError, match="served as before"):

@@ -40,7 +40,7 @@ def test_upgrades_under_load(tmp_path: Path) -> None:
     device = cli("attach", disk, "--name", "a", "--restart", "on-failure").stdout.strip()
     monitor = info("a")["monitor"]
     pauses = []
-    with subprocess.Popen(load(device, 25), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+    with subprocess.Popen(load(device, 60), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
         for _ in range(5):
             served("a")
             assert fio.poll() is None
@@ -68,7 +68,7 @@ def test_a_new_server_that_dies_leaves_the_old_one(tmp_path: Path, step: str) ->
     command = ["env", f"{KILL_ENV}={step}", sys.executable, "-P", "-m", "vduse_blk.worker"]
     with subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", "bs=16k", "count=1000", "oflag=direct", "status=none"]) as dd:
         served("a")
-        with control.Client("a", 60) as client, pytest.raises(ControlError, match="signal 9.*served as before"):
+        with control.Client("a", 60) as client, pytest.raises(ControlError, match=r"signal 9.*served as before"):
             client.call("upgrade", command=command, patience=30)
         assert info("a")["pid"] == pid
         assert dd.wait(60) == 0
