@@ -321,7 +321,8 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
 
     assert cli("upgrade", "d").returncode == Exit.NOT_FOUND
     path = tmp_path / "socket"
-    made = cli("attach", str(tmp_path / "disk.img"), "--name", "d", "--restart", "on-failure", "--export", f"vhost-user:{path}")
+    options = ("--name", "d", "--restart", "on-failure", "--export", f"vhost-user:{path}")
+    made = cli("attach", str(tmp_path / "disk.img"), *options)
     assert made.returncode == 0, made.stderr
     before = control.disk_status("d").info
     said = json.loads(cli("upgrade", "d", "--json").stdout)
