@@ -1,7 +1,7 @@
 """``bench/upgrade``: how long users wait while a disk's server is replaced under load.
 
-4 KiB random writes at queue depth 32 through vhost-user (vhost_gen.c, which fails if a request does), on a file in /dev/shm. Each
-upgrade is the real command. Prints median and maximum of the pauses; the last line is ``upgrade: ok``.
+4 KiB random writes at queue depth 32 through vhost-user (vhost_gen.c, which fails if a request does), on a file in /dev/shm.
+Each upgrade is the real command. Prints median and maximum of the pauses; the last line is ``upgrade: ok``.
 """
 
 from __future__ import annotations
