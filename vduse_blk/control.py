@@ -501,6 +501,8 @@ class WorkerSpec:
     """Layers over the storage, the lowest first, as ``vduse_blk.source.parse_filter`` understands them."""
     restart: str = "no"
     """``on-failure``: a monitor starts a server that dies again."""
+    upgrade_fd: int | None = None
+    """Inherited socket on which the server that serves the disk hands it over (``vduse_blk.worker.handover``)."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -580,6 +582,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "on_full": (str, False),
     "filters": (tuple, False),
     "restart": (str, False),
+    "upgrade_fd": (int, True),
 }
 
 

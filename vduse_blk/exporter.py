@@ -61,6 +61,15 @@ class Endpoint:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """An export at rest, as one server gives it to the next. ``facts`` are JSON values; numbers called ``fd`` or ``…_fd`` in
+    them are places in ``fds``, which stay the giver's."""
+
+    facts: dict[str, Any]
+    fds: list[int]
+
+
 class Exporter(ABC):
     """One export of one stack. All coroutines run on the worker's loop."""
 
@@ -68,6 +77,9 @@ class Exporter(ABC):
     """What may stand behind the exporter's name in ``--export``."""
     for_this_host: ClassVar[bool] = False
     """The disk is this host's own: the kernel may need it to free the memory we ask for."""
+
+    hands_over: ClassVar[bool] = False
+    """It can be passed from server to server while it is in use: ``hold`` and what follows it."""
 
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         self.stack = stack
@@ -98,6 +110,37 @@ class Exporter(ABC):
     async def leave(self) -> None:
         """End with nothing in flight, and leave the disk for the next server, which its users wait for."""
         await self.stop()
+
+    # A live upgrade. The old server: hold, is_quiet … hand_over, release; the new one: receive, resume. If the new one fails
+    # the old one resumes what it handed over. The exporters of different versions meet here: facts are only ever added to.
+
+    def hold(self, on: bool) -> None:
+        """Begin no request any more, until the export is let go (``on`` False); what is in flight goes on. Harmless if it is
+        so already."""
+        raise NotImplementedError
+
+    def is_quiet(self) -> bool:
+        """The export is held and nothing is in flight."""
+        raise NotImplementedError
+
+    async def hand_over(self) -> HandOver:
+        """Let go of the storage and answer nobody any more, with the export's users connected. Call when it is quiet. Raises
+        UserError if that cannot be just now; ``resume`` follows in any case, or ``release``."""
+        raise NotImplementedError
+
+    async def receive(self, handed: HandOver) -> None:
+        """Instead of ``start``: what another server has handed over. The descriptors are ours from now on. Nothing is served
+        yet. Raises UserError."""
+        raise NotImplementedError
+
+    async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
+        """Serve what was handed over or received, from ``stack``, which is open. ``touched``: another server may have begun
+        to serve it, and died."""
+        raise NotImplementedError
+
+    async def release(self) -> None:
+        """What was handed over is another server's: close what is ours without touching the disk."""
+        raise NotImplementedError
 
     @property
     def replayed(self) -> int:

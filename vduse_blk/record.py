@@ -23,7 +23,7 @@ from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
 
 _FILE: Final = "disk.json"
 _VERSION: Final = 1
-_PER_SERVER: Final = ("ready_fd", "timeout", "restart")
+_PER_SERVER: Final = ("ready_fd", "timeout", "restart", "upgrade_fd")
 """Keys of a specification that are about one start of one server."""
 
 
@@ -51,6 +51,10 @@ class DiskRecord:
             queue_count=queue_count,
             inode=_inode(path),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """All but ``spec``: JSON values."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spec"}
 
     def difference(self, other: DiskRecord) -> str | None:
         """What of the disk ``other`` would change under its users, as a sentence's end; None: nothing. It may have grown."""

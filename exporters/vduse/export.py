@@ -4,7 +4,8 @@ Attach:  modules → created (node exists) → configured → served (messages a
 disk found and usable → linked. Each step registers its undoing before the next begins; a failure anywhere undoes all, last
 first. Detach runs the same undoings in the same order.
 Adopt:  taken (the node is ours) → adopted (queues run, what was in flight is done again) → linked. A failure, and
-``leave``, undo only what is of this process; the disk stays for the next server. The words are also the names at which tests
+``leave``, undo only what is of this process; the disk stays for the next server. A live upgrade is an adoption whose node is
+not opened, which is exclusive, but passed on. The words are also the names at which tests
 kill the process (see ``reached``); ``cleanup`` then removes what is left, from any of them.
 
 DEV_NEW and DEV_DEL block until the driver has probed or let go, which needs our own answers: they are sent by a process of
@@ -33,7 +34,7 @@ from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.stack import Stack
-from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, HandOver, reached
 from vduse_blk.queue import InflightLog, QueueFactory
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
@@ -59,6 +60,7 @@ class VduseExporter(Exporter):
     """The disk as ``/dev/vdX`` of this host."""
 
     for_this_host = True
+    hands_over = True
 
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         super().__init__(stack, name, options)
@@ -67,6 +69,8 @@ class VduseExporter(Exporter):
         self._disk: str | None = None
         self._leaving = False
         self._server: DeviceServer | None = None
+        self._device: Device | None = None
+        self._inflight: InflightLog | None = None
         self.queue_count = options.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT)
         self._virtio = VirtioBlkDevice(
             self.info,
@@ -74,16 +78,19 @@ class VduseExporter(Exporter):
             queue_size=options.queue_size,
             transport=Feature.ACCESS_PLATFORM.mask,
         )
+        self._factory = self._make_factory()
+        self.path = self._factory.path
+
+    def _make_factory(self) -> QueueFactory:
         limits = self._virtio.limits
-        self._factory = QueueFactory(
-            stack,
+        return QueueFactory(
+            self.stack,
             self.info,
-            path=options.path,
+            path=self.options.path,
             max_discard=limits.max_discard,
             max_write_zeroes=limits.max_write_zeroes,
             max_ranges=limits.max_ranges,
         )
-        self.path = self._factory.path
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -129,6 +136,36 @@ class VduseExporter(Exporter):
     async def leave(self) -> None:
         await self._here.aclose()
 
+    def hold(self, on: bool) -> None:
+        assert self._server is not None
+        self._server.hold(on)
+
+    def is_quiet(self) -> bool:
+        assert self._server is not None
+        return self._server.is_quiet()
+
+    async def hand_over(self) -> HandOver:
+        assert self._server is not None
+        assert self._device is not None
+        # Between two messages: none is read and not answered. What comes now waits in the kernel for the next reader.
+        await asyncio.to_thread(self._server.stop)
+        return HandOver({"node_fd": 0}, [self._device.fd])
+
+    async def receive(self, handed: HandOver) -> None:
+        device = Device.from_fd(self.name, handed.fds[handed.facts["node_fd"]])
+        self._here.callback(self._after, device.close, "closed")
+        self._prepare(device)
+
+    async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
+        if stack is not self.stack:
+            self.stack = stack
+            self._factory = self._make_factory()
+        await self._go_on()
+        return Endpoint("block", f"/dev/{self._disk}")
+
+    async def release(self) -> None:
+        await self._here.aclose()
+
     @property
     def replayed(self) -> int:
         return self._server.replayed if self._server is not None else 0
@@ -166,38 +203,48 @@ class VduseExporter(Exporter):
     def _serve(self, device: Device, inflight: InflightLog | None) -> DeviceServer:
         """A server that is not started, and stopped before its device is closed."""
         server = DeviceServer(device, self._virtio, self._factory.make, self.fail, self._look_after_reset, inflight)
-        self._server = server
+        self._device, self._inflight, self._server = device, inflight, server
         self._here.push_async_callback(asyncio.to_thread, server.stop)
         return server
 
     async def _adopt(self) -> None:
         """Raises UserError with the disk as it was."""
+        device = await self._open_node()
+        self._here.callback(self._after, device.close, "closed")
+        reached("taken")
+        self._prepare(device)
+        await self._go_on()
+        reached("adopted")
+        assert self._disk is not None
+        kernel.add_link(self.name, self._disk)
+        reached("linked")
+
+    def _prepare(self, device: Device) -> None:
+        """What can be done before the queues run. Raises UserError."""
         disk = kernel.find_disk(self.name)
         if disk is None or self.options.directory is None:
             raise UserError(f"disk '{self.name}' vanished while it was taken over", exit_code=1)
         control = Control.open()
         self._there.callback(control.close)
         self._there.callback(self._destroy, control)
-        device = await self._open_node()
-        self._here.callback(self._after, device.close, "closed")
-        reached("taken")
         if device.is_broken():
             raise UserError(kernel.given_up(self.name), exit_code=1)
         refusal = self._virtio.refusal(device.features())
         if refusal is not None:
             raise UserError(f"disk '{self.name}' cannot be taken over: {refusal}", exit_code=1)
-        inflight = open_inflight(self.options.directory, device)
-        self._here.callback(inflight.close)
-        server = self._serve(device, inflight)
+        self._disk, self._device = disk, device
+        self._inflight = open_inflight(self.options.directory, device)
+        self._here.callback(self._inflight.close)
+
+    async def _go_on(self) -> None:
+        """Serve a device that another server, or this one before, has served."""
+        assert self._device is not None
+        assert self._disk is not None
+        server = self._serve(self._device, self._inflight)
         server.start(adopt=True)
         await asyncio.to_thread(server.wait_until_taken_over)
-        reached("adopted")
-        size = kernel.disk_size(disk)
-        if self.info.size > size:
+        if self.info.size > kernel.disk_size(self._disk):
             server.resize(self._virtio.config()[:8])
-        self._disk = disk
-        kernel.add_link(self.name, disk)
-        reached("linked")
 
     async def _open_node(self) -> Device:
         """A dead server's threads that hang in the kernel keep it open, perhaps only for a moment."""

@@ -88,6 +88,7 @@ class DeviceServer:
         self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
         self._status = 0
         self._started = False
+        self._stopped = False
         self._taken_over = threading.Event()
         self.negotiated = 0
         """Driver features, 0 before FEATURES_OK."""
@@ -112,12 +113,24 @@ class DeviceServer:
         self._taken_over.wait()
 
     def stop(self) -> None:
-        """Stop answering, stop the queues, unmap. The device stays open; its owner closes it."""
+        """Stop answering, stop the queues, unmap. The device stays open; its owner closes it. Harmless if it is stopped."""
+        if self._stopped:
+            return
+        self._stopped = True
         if self._started:
             os.eventfd_write(self._stop_fd, 1)
             self._thread.join()
         os.close(self._event_fd)
         os.close(self._stop_fd)
+
+    def hold(self, on: bool) -> None:
+        """Have the queues begin nothing new, or go on."""
+        for queue in list(self._queues.values()):
+            queue.hold(on)
+
+    def is_quiet(self) -> bool:
+        """They are held and have nothing in flight."""
+        return all(queue.is_quiet() for queue in list(self._queues.values()))
 
     def resize(self, config: bytes) -> None:
         """Write ``config`` at offset 0 of the configuration space and tell the driver, if there is one yet."""

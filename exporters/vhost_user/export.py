@@ -24,7 +24,7 @@ from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder
 from vduse_blk.block.options import about
 from vduse_blk.block.stack import Stack
-from vduse_blk.exporter import CommonOptions, Endpoint, Exporter, ExportOptions
+from vduse_blk.exporter import CommonOptions, Endpoint, Exporter, ExportOptions, HandOver
 from vduse_blk.queue import QueueFactory
 from vduse_blk.virtio import VirtioBlkDevice
 
@@ -50,12 +50,14 @@ class VhostUserExporter(Exporter):
     """The disk as a vhost-user-blk device behind a unix socket."""
 
     Options = Options
+    hands_over = True
 
     def __init__(self, stack: Stack, name: str, options: ExportOptions) -> None:
         super().__init__(stack, name, options)
         self._own: Options = options.own
         self._undo = AsyncExitStack()
         self._server: FrontendServer | None = None
+        self._listener_is_ours = True
         self.queue_count = options.queues or _QUEUES_DEFAULT
         self._virtio = VirtioBlkDevice(
             self.info,
@@ -64,18 +66,21 @@ class VhostUserExporter(Exporter):
             transport=0,
             config_wce=True,
         )
+        self._factory = self._make_factory()
+        self.path = self._factory.path
+        if len(os.fsencode(self._own.path)) > _PATH_MAX:
+            raise UserError(f"path: {self._own.path} is longer than the {_PATH_MAX} bytes of a socket's path")
+
+    def _make_factory(self) -> QueueFactory:
         limits = self._virtio.limits
-        self._factory = QueueFactory(
-            stack,
+        return QueueFactory(
+            self.stack,
             self.info,
-            path=options.path,
+            path=self.options.path,
             max_discard=limits.max_discard,
             max_write_zeroes=limits.max_write_zeroes,
             max_ranges=limits.max_ranges,
         )
-        self.path = self._factory.path
-        if len(os.fsencode(self._own.path)) > _PATH_MAX:
-            raise UserError(f"path: {self._own.path} is longer than the {_PATH_MAX} bytes of a socket's path")
 
     async def start(self) -> Endpoint:
         path = self._own.path
@@ -92,6 +97,41 @@ class VhostUserExporter(Exporter):
         self._server.start()
         self._undo.push_async_callback(asyncio.to_thread, self._server.stop)
         return Endpoint("socket", path)
+
+    def hold(self, on: bool) -> None:
+        assert self._server is not None
+        self._server.hold(on)
+
+    def is_quiet(self) -> bool:
+        assert self._server is not None
+        return self._server.is_quiet()
+
+    async def hand_over(self) -> HandOver:
+        assert self._server is not None
+        return await asyncio.to_thread(self._server.rest)
+
+    async def receive(self, handed: HandOver) -> None:
+        path, listener = self._own.path, None
+        if "listener_fd" in handed.facts:
+            listener = socket.socket(fileno=os.dup(handed.fds[handed.facts["listener_fd"]]))
+            self._keep(listener)
+        self._server = FrontendServer(self.name, self._virtio, self._factory, self.fail, listener=listener, path=path)
+        self._undo.push_async_callback(asyncio.to_thread, self._server.stop)
+        self._server.receive(handed)
+        for fd in handed.fds:
+            os.close(fd)
+
+    async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
+        assert self._server is not None
+        if stack is not self.stack:
+            self.stack = stack
+            self._factory = self._make_factory()
+        await asyncio.to_thread(self._server.resume, self._factory, touched=touched)
+        return Endpoint("socket", self._own.path)
+
+    async def release(self) -> None:
+        self._listener_is_ours = False
+        await self.stop()
 
     async def resized(self, info: BlockInfo) -> None:
         assert self._server is not None
@@ -138,9 +178,20 @@ class VhostUserExporter(Exporter):
             listener.close()
             denied = error.errno in (errno.EPERM, errno.EACCES)
             raise UserError(f"path: no socket can be made at {path}: {error.strerror}", 5 if denied else 2) from error
-        self._undo.callback(_unlink, path, os.stat(path).st_ino)
-        self._undo.callback(listener.close)
+        self._keep(listener)
         return listener
+
+    def _keep(self, listener: socket.socket) -> None:
+        """Until the export stops; then the file goes first, unless it is another server's by then."""
+        try:
+            self._undo.callback(self._unlink, os.stat(self._own.path).st_ino)
+        except FileNotFoundError:
+            pass  # somebody has removed the file of a socket that was handed over
+        self._undo.callback(listener.close)
+
+    def _unlink(self, inode: int) -> None:
+        if self._listener_is_ours:
+            _unlink(self._own.path, inode)
 
 
 def remove_leftover(own: Options) -> None:

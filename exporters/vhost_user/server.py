@@ -23,6 +23,8 @@ from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError
 from vduse_blk.exporters.vhost_user.session import Refused, Reply, Session, Totals, add_counters
 
+from vduse_blk.block.errors import UserError
+from vduse_blk.exporter import HandOver
 from vduse_blk.queue import QueueFactory
 from vduse_blk.virtio import VirtioBlkDevice, feature_names
 
@@ -53,22 +55,90 @@ class FrontendServer:
         self._path = path
         self._totals = Totals()
         self._session: Session | None = None
+        self._kept: _Conversation | None = None
+        self._resting = False
         self.peer: int | None = None
         """Process id of the front-end that is connected. Any thread."""
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._config_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._run, name="vhost-user", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------------------------------------- other threads
 
     def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="vhost-user", daemon=True)
         self._thread.start()
+
+    def _end_thread(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            self._thread.join()
+            self._thread = None
+            os.eventfd_read(self._stop_fd)
+
+    def hold(self, on: bool) -> None:
+        """Have the queues begin nothing new, or go on."""
+        session = self._session
+        for queue in session.running() if session is not None else []:
+            queue.hold(on)
+
+    def is_quiet(self) -> bool:
+        """They are held and have nothing in flight."""
+        session = self._session
+        return session is None or all(queue.is_quiet() for queue in session.running())
+
+    def rest(self) -> HandOver:
+        """End the thread and stop the queues, but stay connected. Raises UserError; ``resume`` or ``stop`` follows in any
+        case."""
+        self._resting = True
+        self._end_thread()
+        facts: dict[str, Any] = {"session": None}
+        fds: list[int] = []
+        if self._kept is not None:
+            self._kept.session.rest()
+            if not self._kept.is_between_messages:
+                raise UserError("the front-end is in the middle of a message; try again", exit_code=4)
+            given = self._kept.session.give()
+            facts["session"] = given.facts | {"connection_fd": len(given.fds)}
+            fds = [*given.fds, self._kept.connection.fileno()]
+        if self._listener is not None:
+            facts["listener_fd"] = len(fds)
+            fds.append(self._listener.fileno())
+        return HandOver(facts, fds)
+
+    def receive(self, handed: HandOver) -> None:
+        """Before ``resume``: a session that another server has given. Raises UserError."""
+        facts = handed.facts["session"]
+        if facts is None:
+            return
+        connection = socket.socket(fileno=os.dup(handed.fds[facts["connection_fd"]]))
+        session = Session(self._log, self._virtio, self._factory, self._event_fd, self._totals)
+        self._kept = _Conversation(connection, session, self._log)
+        self.peer, self._session = _pid_of(connection), session
+        try:
+            session.take(HandOver(facts, handed.fds))
+        except (Refused, ProtocolError) as error:
+            raise UserError(str(error), exit_code=1) from error
+
+    def resume(self, factory: QueueFactory, *, touched: bool) -> None:
+        """Serve what rests, or was received. ``touched``: another server may have begun to, and died."""
+        self._factory, self._resting = factory, False
+        if self._kept is not None:
+            if touched and not self._kept.session.has_inflight:
+                self._log.error("the front-end is left: nobody knows what the server that died had in flight")
+                self._leave(self._kept)
+                self._kept = None
+            else:
+                self._kept.session.resume(factory)
+        self.start()
 
     def stop(self) -> None:
         """Leave the front-end and stop its queues. The listener stays open; its owner closes it."""
-        os.eventfd_write(self._stop_fd, 1)
-        self._thread.join()
+        self._end_thread()
+        if self._kept is not None:
+            self._leave(self._kept)
+            self._kept = None
         for fd in (self._event_fd, self._config_fd, self._stop_fd):
             os.close(fd)
 
@@ -101,10 +171,15 @@ class FrontendServer:
 
     def _run(self) -> None:
         try:
-            while (connection := self._next_front_end()) is not None:
-                with connection:
-                    if not self._serve(connection):
+            while True:
+                conversation, self._kept = self._kept, None
+                if conversation is None:
+                    connection = self._next_front_end()
+                    if connection is None:
                         return
+                    conversation = self._begin(connection)
+                if not self._serve(conversation):
+                    return
         except Exception as error:
             self._log.bug("bug while serving front-ends")
             self._on_failure(f"front-ends are served no longer: {error!r}")
@@ -149,21 +224,37 @@ class FrontendServer:
             return None
         return connection
 
-    def _serve(self, connection: socket.socket) -> bool:
-        """One front-end, from its first message to its last. False: it is time to end."""
-        session = Session(self._log, self._virtio, self._factory, self._event_fd, self._totals)
+    def _begin(self, connection: socket.socket) -> _Conversation:
+        try:
+            session = Session(self._log, self._virtio, self._factory, self._event_fd, self._totals)
+        except BaseException:
+            connection.close()
+            raise
         self.peer = _pid_of(connection)
         self._session = session
         self._log.info("front-end connected (process %s)", self.peer)
+        return _Conversation(connection, session, self._log)
+
+    def _serve(self, conversation: _Conversation) -> bool:
+        """One front-end, to its last message. False: it is time to end."""
+        goes_on = True
         try:
-            return _Conversation(connection, session, self._log).run(self._event_fd, self._config_fd, self._stop_fd)
+            goes_on = conversation.run(self._event_fd, self._config_fd, self._stop_fd)
         except Exception:
             self._log.bug("bug while serving a front-end, which is left")
-            return True
+        if not goes_on and self._resting:
+            self._kept = conversation
+        else:
+            self._leave(conversation)
+        return goes_on
+
+    def _leave(self, conversation: _Conversation) -> None:
+        try:
+            conversation.close()
         finally:
-            session.close()
             self._session = None
             self.peer = None
+        if not self._resting:
             self._log.info("front-end gone")
 
 
@@ -171,8 +262,8 @@ class _Conversation:
     """The messages of one connection."""
 
     def __init__(self, connection: socket.socket, session: Session, log: FrontendLog) -> None:
-        self._connection = connection
-        self._session = session
+        self.connection = connection
+        self.session = session
         self._log = log
         self._assembler = Assembler()
         self._fds: list[int] = []
@@ -180,7 +271,7 @@ class _Conversation:
 
     def run(self, event_fd: int, config_fd: int, stop_fd: int) -> bool:
         poll = select.poll()
-        for fd in (self._connection.fileno(), event_fd, config_fd, stop_fd):
+        for fd in (self.connection.fileno(), event_fd, config_fd, stop_fd):
             poll.register(fd, select.POLLIN)
         waiting = False
         try:
@@ -190,30 +281,40 @@ class _Conversation:
                     return False
                 if config_fd in ready:
                     os.eventfd_read(config_fd)
-                    self._session.config_changed()
+                    self.session.config_changed()
                 if event_fd in ready:
                     os.eventfd_read(event_fd)
-                if self._connection.fileno() in ready:
+                if self.connection.fileno() in ready:
                     # The memory a queue asks for was announced before it was used: messages first.
                     if not self._read():
                         return True
-                    waiting = self._session.look_at_queues(memory_may_come=True)
+                    waiting = self.session.look_at_queues(memory_may_come=True)
                 elif event_fd in ready:
-                    waiting = self._session.look_at_queues(memory_may_come=True)
+                    waiting = self.session.look_at_queues(memory_may_come=True)
                 elif not ready:
-                    waiting = self._session.look_at_queues(memory_may_come=False)
+                    waiting = self.session.look_at_queues(memory_may_come=False)
         except (ProtocolError, Refused) as error:
             self._log.error("the front-end is left: %s", error)
         except OSError as error:
             self._log.error("the front-end is lost: %s", error)
-        finally:
-            self._close_fds()
         return True
+
+    @property
+    def is_between_messages(self) -> bool:
+        return self._assembler.idle and not self._fds
+
+    def close(self) -> None:
+        """Stop what the session runs, and leave the front-end."""
+        self._close_fds()
+        try:
+            self.session.close()
+        finally:
+            self.connection.close()
 
     def _read(self) -> bool:
         """Take in what is there of the present message. False: the front-end has left."""
         try:
-            data, ancillary, flags, _ = self._connection.recvmsg(
+            data, ancillary, flags, _ = self.connection.recvmsg(
                 self._assembler.wanted, socket.CMSG_SPACE(messages.MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
@@ -242,9 +343,9 @@ class _Conversation:
         message = messages.decode(number, flags, payload, len(self._fds))
         self._log.debug("%s", message)
         try:
-            reply = self._session.handle(message, self._fds)
+            reply = self.session.handle(message, self._fds)
         except Refused as error:
-            reply = self._session.refusal(message)
+            reply = self.session.refusal(message)
             if reply is None:
                 raise
             self._log.warning("%s refused: %s", message.request.name, error)
@@ -255,7 +356,7 @@ class _Conversation:
     def _send(self, reply: Reply) -> None:
         ancillary = [] if reply.fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fd]))]
         try:
-            if self._connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
+            if self.connection.sendmsg([reply.data], ancillary, socket.MSG_NOSIGNAL) != len(reply.data):
                 raise ProtocolError("it does not read its answers")
         finally:
             if reply.fd is not None:

@@ -17,6 +17,8 @@ Rules kept here:
     addresses only.
   * Stopping a ring drops its kick descriptor: the specification restarts it with a new one.
   * Memory that is removed is unmapped, and only then acknowledged, when nothing in flight can touch it (IovaMap.change).
+  * What was received with descriptors is kept with descriptors: another server can be given the whole session (``give``,
+    ``take``) while the front-end notices nothing but a pause.
   * A reset of the device keeps memory, protocol features and the owner: QEMU does not send them again.
 
 Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by others.
@@ -40,6 +42,7 @@ from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, cr
 from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
+from vduse_blk.exporter import HandOver
 from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
@@ -48,6 +51,8 @@ MAX_MEM_SLOTS = 509
 _READ_WRITE = 3
 _RING_MAX = 32768
 _STUCK_SECONDS = 0.5
+_ADDRESS = ("flags", "desc", "used", "avail", "log")
+"""What a ``VringAddr`` says of a queue."""
 
 class Refused(Exception):
     """The message was understood and cannot be obeyed. The front-end is told so if it asked to be, else it is left."""
@@ -81,10 +86,11 @@ class _Vring:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """A region as the front-end described it, which file it is, and where it is mapped."""
+    """A region as the front-end described it, which file it is (``fd`` leads there), and where it is mapped."""
 
     wire: MemoryRegion
     file: tuple[int, int]
+    fd: int
     mapped: Region
 
 
@@ -118,6 +124,8 @@ class Session:
         self._backend: socket.socket | None = None
         self._inflight: InflightArea | None = None
         self._dirty: SharedArea | None = None
+        self._areas: dict[str, tuple[int, dict[str, int]]] = {}
+        """Of ``_inflight`` and ``_dirty``: a descriptor, and what was said of them."""
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -444,12 +452,18 @@ class Session:
             FdRange(fd, region.guest, region.guest + region.size - 1, region.offset, _READ_WRITE)
             for region, fd in added
         ]
+        own: list[int] = []
         try:
+            own += (os.dup(fd) for _, fd in added)
             mapped = self._iova.change(add=ranges, remove=[memory.mapped for memory in removed])
         except OSError as error:
+            for fd in own:
+                os.close(fd)
             raise Refused(f"memory cannot be mapped: {error}") from error
+        for memory in removed:
+            os.close(memory.fd)
         self._memory = kept + [
-            _Memory(region, _file(fd), place) for (region, fd), place in zip(added, mapped, strict=True)
+            _Memory(region, _file(fd), fd, place) for (region, _), fd, place in zip(added, own, mapped, strict=True)
         ]
         self._settle_all()
 
@@ -486,11 +500,13 @@ class Session:
 
     def _set_log(self, message: messages.Log, fds: list[int]) -> Reply:
         """Answered always, and when nothing is marked in the old log any more: the front-end then reads it a last time."""
+        said = {"offset": message.offset, "size": message.size}
         try:
-            area = SharedArea(fds[0], message.offset, message.size)
+            area = SharedArea(fds[0], **said)
         except OSError as error:
             raise Refused(f"the log of pages cannot be mapped: {error}") from error
         old, self._dirty = self._dirty, area
+        self._keep("dirty", fds.pop(0), said)
         self._settle_all()
         if old is not None:
             old.close()
@@ -510,14 +526,14 @@ class Session:
 
     def _set_inflight(self, message: messages.Inflight, fds: list[int]) -> None:
         """The area to use, perhaps with what a dead server has left in it."""
+        said = {
+            "size": message.mmap_size,
+            "offset": message.mmap_offset,
+            "num_queues": message.num_queues,
+            "queue_size": message.queue_size,
+        }
         try:
-            area = InflightArea(
-                fds[0],
-                size=message.mmap_size,
-                offset=message.mmap_offset,
-                num_queues=message.num_queues,
-                queue_size=message.queue_size,
-            )
+            area = InflightArea(fds[0], **said)
         except (OSError, ValueError) as error:
             raise Refused(f"the area for requests in flight cannot be used: {error}") from error
         for vring in self._vrings:
@@ -525,9 +541,16 @@ class Session:
         if self._inflight is not None:
             self._inflight.close()
         self._inflight = area
+        self._keep("inflight", fds.pop(0), said)
         self._virtio.writeback = area.writeback
         self._set_cache_mode()
         self._settle_all()
+
+    def _keep(self, name: str, fd: int, said: dict[str, int]) -> None:
+        old = self._areas.pop(name, None)
+        self._areas[name] = fd, said
+        if old is not None:
+            os.close(old[0])
 
     def _set_backend(self, fds: list[int]) -> None:
         if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
@@ -549,6 +572,90 @@ class Session:
         except OSError as error:
             self._log.warning("the front-end was not told of the new size: %s", error)
 
+    # ------------------------------------------------------------------------------------------------ hand-over
+
+    def rest(self) -> None:
+        """Stop the queues; they stand where they have stopped. Any thread, when the owner's has ended."""
+        for vring in self._vrings:
+            self._stop(vring)
+
+    def resume(self, factory: QueueFactory) -> None:
+        """Serve again what is at rest. Any thread, before the owner's begins."""
+        self._factory = factory
+        self._set_cache_mode()
+        self._settle_all()
+
+    @property
+    def has_inflight(self) -> bool:
+        """Whether it is known what another server of this session had in flight."""
+        return self._inflight is not None
+
+    def give(self) -> HandOver:
+        """All there is to know of a session at rest."""
+        fds: list[int] = []
+
+        def put(fd: int | None) -> int | None:
+            if fd is not None:
+                fds.append(fd)
+            return None if fd is None else len(fds) - 1
+
+        facts: dict[str, Any] = {
+            "features": self._features,
+            "protocol_features": self._protocol,
+            "status": self._status,
+            "writeback": self._virtio.writeback,
+            "backend_fd": put(None if self._backend is None else self._backend.fileno()),
+            "memory": [
+                {"guest": m.wire.guest, "size": m.wire.size, "user": m.wire.user, "offset": m.wire.offset, "fd": put(m.fd)}
+                for m in self._memory
+            ],
+            "queues": [
+                {
+                    "index": vring.index,
+                    "num": vring.num,
+                    "base": vring.base,
+                    "enabled": vring.enabled,
+                    "address": None if vring.addr is None else {key: getattr(vring.addr, key) for key in _ADDRESS},
+                    "kick_fd": put(vring.kick),
+                    "call_fd": put(vring.notify),
+                    "error_fd": put(vring.err),
+                }
+                for vring in self._vrings
+            ],
+        }
+        for name, (fd, said) in self._areas.items():
+            facts[name] = said | {"fd": put(fd)}
+        return HandOver(facts, fds)
+
+    def take(self, handed: HandOver) -> None:
+        """Become the session that another server has given: at rest, in a session that is new. Raises Refused, KeyError,
+        OSError and ValueError. Copies what it keeps of the descriptors."""
+        facts, fds = handed.facts, handed.fds
+        unknown = facts["features"] & ~self.features or facts["protocol_features"] & ~self.protocol_features
+        if unknown:
+            raise Refused(f"the front-end uses features {unknown:#x}, which this version does not offer")
+        for name, kind in (("inflight", InflightArea), ("dirty", SharedArea)):
+            if name in facts:
+                said = {key: value for key, value in facts[name].items() if key != "fd"}
+                fd = fds[facts[name]["fd"]]
+                setattr(self, f"_{name}", kind(fd, **said))
+                self._keep(name, os.dup(fd), said)
+        if facts["backend_fd"] is not None:
+            self._backend = socket.socket(fileno=os.dup(fds[facts["backend_fd"]]))
+        regions = [(MemoryRegion(m["guest"], m["size"], m["user"], m["offset"]), fds[m["fd"]]) for m in facts["memory"]]
+        self._change_memory([], regions, [])
+        self._features, self._protocol, self._status = facts["features"], facts["protocol_features"], facts["status"]
+        self._virtio.writeback = facts["writeback"]
+        for queue in facts["queues"]:
+            vring = self._vring(queue["index"])
+            vring.num, vring.base, vring.enabled = queue["num"], queue["base"], queue["enabled"]
+            if queue["address"] is not None:
+                vring.addr = messages.VringAddr(Request.SET_VRING_ADDR, False, index=vring.index, **queue["address"])
+            os.dup2(fds[queue["call_fd"]], vring.notify, inheritable=False)
+            vring.kick, vring.err = (
+                None if queue[key] is None else os.dup(fds[queue[key]]) for key in ("kick_fd", "error_fd")
+            )
+
     # ---------------------------------------------------------------------------------------------------- end
 
     def close(self) -> None:
@@ -560,7 +667,10 @@ class Session:
             if vring.err is not None:
                 os.close(vring.err)
         self._iova.close()
+        for fd in (*(memory.fd for memory in self._memory), *(fd for fd, _ in self._areas.values())):
+            os.close(fd)
         self._memory.clear()
+        self._areas.clear()
         if self._inflight is not None:
             self._inflight.close()
         if self._dirty is not None:

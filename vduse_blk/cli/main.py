@@ -28,6 +28,7 @@ COMMANDS: Final = {  # name → (module, attribute), in the order of --help
     "list": ("show", "list_disks"),
     "info": ("show", "info"),
     "resize": ("resize", "resize"),
+    "upgrade": ("upgrade", "upgrade"),
     "set": ("settings", "set_values"),
     "doctor": ("doctor", "doctor"),
     "completion": ("completion", "completion"),

@@ -203,6 +203,8 @@ def _event_text(event: Mapping[str, Any]) -> str:
             what += f"ended with status {event.get('status')}"
         case "taken over":
             what += f"took over and did {event.get('replayed')} requests again"
+        case "upgraded":
+            what += f"of version {event.get('version')} took over from one that ran"
         case "given up":
             what = f"no server is started any more: {event.get('servers')} in a row have ended"
         case other:

@@ -247,6 +247,10 @@ void vb_queue_set_table(struct vb_queue *queue, const struct iova_table *table);
 void vb_queue_answer_miss(struct vb_queue *queue);
 /* Control: look again (after new table, or to rescan the ring). */
 void vb_queue_wake(struct vb_queue *queue);
+/* Control: pop nothing new until it is let go again; what is in flight goes on, and may wait for storage as ever. */
+void vb_queue_hold(struct vb_queue *queue, int on);
+/* Control: not 0 once a queue that is held has nothing in flight. It stays so until it is let go. */
+int vb_queue_is_quiet(const struct vb_queue *queue);
 /* Control: change the size of the disk, in bytes; seen by every request popped afterwards. */
 void vblk_set_capacity(struct vblk_rules *rules, uint64_t capacity);
 /* Control: whether writes must be durable when they are answered; holds for every request popped afterwards. */

@@ -228,6 +228,8 @@ struct vb_queue {
     _Atomic uint32_t last_avail;
     _Atomic uint32_t replayed;
     _Atomic bool stopping;
+    _Atomic bool held;  /* control: pop nothing new */
+    _Atomic bool quiet; /* queue: it is held and has nothing in flight */
     struct vb_engine *engine;
 };
 

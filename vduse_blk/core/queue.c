@@ -195,6 +195,19 @@ void vb_queue_answer_miss(struct vb_queue *queue)
     vb_queue_wake(queue);
 }
 
+void vb_queue_hold(struct vb_queue *queue, int on)
+{
+    if (atomic_exchange(&queue->held, on != 0) == (on != 0))
+        return;
+    atomic_store(&queue->quiet, false);
+    vb_queue_wake(queue);
+}
+
+int vb_queue_is_quiet(const struct vb_queue *queue)
+{
+    return atomic_load(&queue->quiet);
+}
+
 void vb_queue_wake(struct vb_queue *queue)
 {
     signal_eventfd(queue->wake_fd);
@@ -202,6 +215,8 @@ void vb_queue_wake(struct vb_queue *queue)
 
 bool queue_ready(struct vb_queue *queue)
 {
+    bool held = atomic_load(&queue->held) && !vb_queue_replaying(queue);
+    atomic_store(&queue->quiet, held && queue->inflight == 0);
     /* A broken queue adopts tables too: it must let go of memory that control wants to unmap. */
     const struct iova_table *next = atomic_load_explicit(&queue->table_next, memory_order_acquire);
     if (next != queue->table) {
@@ -213,7 +228,7 @@ bool queue_ready(struct vb_queue *queue)
         atomic_store(&queue->table_generation, next->generation);
         queue_post_event(queue);
     }
-    if (atomic_load_explicit(&queue->state, memory_order_relaxed) == VB_BROKEN)
+    if (held || atomic_load_explicit(&queue->state, memory_order_relaxed) == VB_BROKEN)
         return false;
     if (mapping_faults() != queue->faults_seen) {
         queue_break(queue, VRING_FAULT_MEMORY);

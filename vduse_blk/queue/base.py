@@ -139,6 +139,13 @@ class Queue(Protocol):
         """The view's ``missing`` range has been looked up, and what was found is published. If it is still not there, the
         request that needs it fails."""
 
+    def hold(self, on: bool) -> None:
+        """Pop nothing new until it is let go again (``on`` False); what is in flight goes on, however long that takes. Any
+        thread."""
+
+    def is_quiet(self) -> bool:
+        """It is held and has nothing in flight, or does not run. Any thread."""
+
     def is_running(self) -> bool:
         """Between start and stop. Any thread."""
 
@@ -207,6 +214,15 @@ class CoreQueue:
         with self._lock:
             if self._c is not None:
                 lib.vb_queue_wake(self._c)
+
+    def hold(self, on: bool) -> None:
+        with self._lock:
+            if self._c is not None:
+                lib.vb_queue_hold(self._c, on)
+
+    def is_quiet(self) -> bool:
+        with self._lock:
+            return self._c is None or bool(lib.vb_queue_is_quiet(self._c))
 
     def view(self) -> QueueView:
         view = ffi.new("struct vb_view *")

@@ -97,6 +97,10 @@ class PluginQueue(CoreQueue):
         super().answer_miss()
         self._loop.call_soon_threadsafe(self._look)
 
+    def hold(self, on: bool) -> None:
+        super().hold(on)
+        self._loop.call_soon_threadsafe(self._look)
+
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 

@@ -8,6 +8,8 @@ served again: the next server takes it over, and what became of the last one is 
                          anything else    pause, start again; pauses grow while servers do not last
                          … too often      given up: the disk stays as it is, its users wait
 
+A server that was replaced (``handover``) leaves its successor to us: whoever loses his parent below us becomes our child.
+
 It holds nothing of the disk. A duplicate of the device's descriptor would keep the kernel from giving a message that the
 dead server had read and not answered to the next one; whoever needs the descriptor of a server that hangs takes it from
 there (``block.holders.take_from``). It ends when the disk's directory is gone or another server has it.
@@ -15,6 +17,7 @@ there (``block.holders.take_from``). It ends when the disk's directory is gone o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -25,6 +28,7 @@ from typing import Final
 from vduse_blk import control
 from vduse_blk.control import ControlError, Exit, WorkerSpec
 
+_PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LASTING: Final = 60.0
 """Seconds after which a server has lasted: the one before it is forgotten."""
@@ -40,6 +44,7 @@ class Monitor:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *_ENDING})
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def run(self) -> int:
         """Exit status."""
@@ -50,6 +55,9 @@ class Monitor:
             began = time.monotonic()
             pid = self._start()
             status = self._wait(pid)
+            while (successor := _successor(name, pid)) is not None:
+                pid, served, began = successor, True, time.monotonic()
+                status = self._wait(pid)
             if status in (Exit.OK, Exit.LEFT):
                 return status
             if not served and not _has_served(name, pid):
@@ -103,6 +111,22 @@ class Monitor:
     def _pause(seconds: float) -> bool:
         """False: we are to end."""
         return signal.sigtimedwait(_ENDING, seconds) is None
+
+
+def _successor(name: str, pid: int) -> int | None:
+    """Process id of the server that has replaced ``pid``, or is about to, if there is one."""
+    try:
+        state = control.read_state(name)
+    except ControlError:
+        return None
+    for candidate in (state.get("pid"), state.get("successor")):
+        if type(candidate) is int and candidate not in (0, pid):
+            try:
+                os.waitid(os.P_PID, candidate, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except (ChildProcessError, OverflowError):
+                continue
+            return candidate
+    return None
 
 
 def _has_served(name: str, pid: int) -> bool:

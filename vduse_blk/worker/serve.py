@@ -14,27 +14,30 @@ nothing the dead one had under way may land any more (``contract.Fence``): both 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from contextlib import AsyncExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control, record, registry
+from vduse_blk import __version__, control, record, registry
 from vduse_blk.block.contract import Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.options import write_values
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import ControlError, Exit, WorkerSpec
-from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, reached
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, HandOver, reached
 from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.record import DiskRecord
 from vduse_blk.source import open_source, parse_source
 from vduse_blk.worker import settings
+from vduse_blk.worker.handover import VERSION, Line, Successor
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
 
@@ -44,6 +47,12 @@ _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
 _MARGIN = 10.0
 """Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
+_TAKING_OVER = 10.0
+"""Seconds a new server may take to serve the disk that the old one has handed over."""
+_DRAINING = 5.0
+"""Seconds that what is in flight may take to end before an upgrade; nothing new is begun meanwhile."""
+_LOOK = 0.0005
+_REOPEN = 0.1
 _FENCE = 60.0
 """Seconds, at most, that the storage is waited for when a dead server may have I/O under way."""
 
@@ -77,13 +86,24 @@ class Worker:
         self._predecessor: DiskRecord | None = None
         self._record: DiskRecord | None = None
         self._end = Exit.OK
+        self._lock = -1
+        self._was_open = False
+        """The disk was served before, by this server or another."""
+        self._inode: int | None = None
+        """Of the file that is the storage, when it was opened."""
+        self._replaced = False
+        """The disk is another server's."""
+        self._successor: int | None = None
+        self._monitor: int | None = None
 
     async def run(self) -> Exit:
-        """Returns when the disk is gone, or left to the next server (``Exit.LEFT``). Raises UserError if it could not be
-        started (and nothing is left that was not there before), or if the disk is gone and its storage could not be
-        closed."""
+        """Returns when the disk is gone, or left to the next server (``Exit.LEFT``), or served by another one. Raises
+        UserError if it could not be started (and nothing is left that was not there before), or if the disk is gone and its
+        storage could not be closed."""
         wanted = parse_exports(self._spec.exports)
-        lock = control.lock_directory(self._spec.name)
+        if self._spec.upgrade_fd is not None:
+            return await self._run_as_successor(wanted, Line(socket.socket(fileno=self._spec.upgrade_fd)))
+        self._lock = control.lock_directory(self._spec.name)
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
@@ -94,20 +114,29 @@ class Worker:
                         log.warning("%s", problem)
                 undo.push_async_callback(self._close_storage)
                 await self._listen(undo)
-                loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, self._on_signal, number)
-                loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+                self._catch_signals()
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start(wanted)
-                await self._finished.wait()
-                if self._loss is not None:
-                    raise ControlError(str(self._loss), Exit.FAILED) from self._loss
-                return self._end
+                return await self._run_to_the_end()
         finally:
-            if not self._is_left():
-                control.remove_directory(self._spec.name, locked_fd=lock)
-                reached("gone")
+            self._leave_directory()
+
+    async def _run_to_the_end(self) -> Exit:
+        await self._finished.wait()
+        if self._loss is not None:
+            raise ControlError(str(self._loss), Exit.FAILED) from self._loss
+        return self._end
+
+    def _leave_directory(self) -> None:
+        if not self._replaced and not self._is_left():
+            control.remove_directory(self._spec.name, locked_fd=self._lock)
+            reached("gone")
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     # --------------------------------------------------------------------------------------------------- start
 
@@ -147,25 +176,12 @@ class Worker:
         reached("opened")
         for text, export in zip(spec.exports, wanted, strict=True):
             before = self._predecessor if export.exporter.for_this_host else None
-            exporter = export.exporter(
-                self._stack,
-                spec.name,
-                ExportOptions(
-                    queues=spec.queues or (before.queue_count if before is not None else 0),
-                    queue_size=spec.queue_size,
-                    path=spec.path,
-                    read_only=export.read_only,
-                    own=export.own,
-                    directory=control.DiskPaths.of(spec.name).directory,
-                    adopt=before is not None,
-                    **self._patience(),
-                ),
-            )
+            queues = spec.queues or (before.queue_count if before is not None else 0)
+            exporter = self._make_exporter(export, stack, queues, adopt=before is not None)
+            self._inode = self._describe(stack, exporter).inode
             if exporter.for_this_host:
                 self._put_on_record(exporter)
-            endpoint = await exporter.start()
-            self._exports.append(_Export(text, exporter, endpoint))
-            exporter.failed.add_done_callback(self._on_failed)
+            self._add_export(text, exporter, await exporter.start())
         if self._predecessor is not None:
             replayed = sum(export.exporter.replayed for export in self._exports)
             log.info("disk '%s' is taken over; requests done again: %d", spec.name, replayed)
@@ -183,6 +199,27 @@ class Worker:
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {places}")
 
+    def _make_exporter(self, export: ExportSpec, stack: Stack, queues: int, *, adopt: bool) -> Exporter:
+        spec = self._spec
+        return export.exporter(
+            stack,
+            spec.name,
+            ExportOptions(
+                queues=queues,
+                queue_size=spec.queue_size,
+                path=spec.path,
+                read_only=export.read_only,
+                own=export.own,
+                directory=control.DiskPaths.of(spec.name).directory,
+                adopt=adopt,
+                **self._patience(),
+            ),
+        )
+
+    def _add_export(self, text: str, exporter: Exporter, endpoint: Endpoint) -> None:
+        self._exports.append(_Export(text, exporter, endpoint))
+        exporter.failed.add_done_callback(self._on_failed)
+
     def _find_predecessor(self, wanted: list[ExportSpec]) -> DiskRecord | None:
         """What a dead server left to be taken over. Raises ControlError if it cannot be."""
         name = self._spec.name
@@ -193,6 +230,7 @@ class Worker:
             raise self._not_taken_over("what it is was not recorded, or the record is lost")
         if found.spec.source != self._spec.source:
             raise self._not_taken_over(f"source: it has {found.spec.source!r}, not {self._spec.source!r}")
+        self._was_open = True
         return found
 
     def _not_taken_over(self, why: str, code: Exit = Exit.BUSY) -> ControlError:
@@ -244,7 +282,7 @@ class Worker:
 
     def _make_stack(self) -> Stack:
         spec = self._spec
-        # A size was for making a file; the file of a disk that is taken over is there, and may have grown since.
+        # A size was for making a file; the file of a disk that was served before is there, and may have grown since.
         kind = registry.backend(parse_source(spec.source).backend)
         needs_size = any(f.name == "size" and f.default is MISSING for f in fields(kind.Options))
         return open_source(
@@ -252,7 +290,7 @@ class Worker:
             dict(spec.options),
             read_only=spec.read_only,
             block_size=spec.block_size,
-            size=spec.size if self._predecessor is None or needs_size else None,
+            size=spec.size if not self._was_open or needs_size else None,
             serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
             filters=spec.filters,
             on_error=spec.on_error,
@@ -262,15 +300,18 @@ class Worker:
     def _put_on_record(self, exporter: Exporter) -> None:
         """Before the kernel is asked for anything that outlives us. Raises ControlError: it is another disk."""
         assert self._stack is not None
-        source = parse_source(self._spec.source)
-        path = source.options.get("path", self._spec.options.get("path"))
-        found = DiskRecord.of(self._spec, self._stack.info, exporter.queue_count, path)
+        found = self._describe(self._stack, exporter)
         if self._predecessor is not None:
             difference = self._predecessor.difference(found)
             if difference is not None:
                 raise self._not_taken_over(difference)
         record.write(found)
         self._record = found
+
+    def _describe(self, stack: Stack, exporter: Exporter) -> DiskRecord:
+        source = parse_source(self._spec.source)
+        path = source.options.get("path", self._spec.options.get("path"))
+        return DiskRecord.of(self._spec, stack.info, exporter.queue_count, path)
 
     def _patience(self) -> dict[str, float]:
         """How long the export may wait, so that its own explanation comes before whoever started us gives up."""
@@ -471,13 +512,214 @@ class Worker:
             return []
         return holders_of(os.major(number), os.minor(number))
 
+    # ----------------------------------------------------------------------------------------------- live upgrade
+
+    async def _upgrade(self, command: object, patience: object) -> dict[str, Any]:
+        """Have another server go on with the disk (see ``handover``); returns facts about it, and then this one ends. Raises
+        ControlError, and then this one serves on."""
+        if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
+            raise ControlError(f"command: {command!r} is not usable; accepted are lists of texts", Exit.USAGE)
+        if not isinstance(patience, int | float) or not 0 < patience <= control.MAX_TIMEOUT:
+            raise ControlError(f"patience: {patience!r} is not usable; accepted are {control.TIMEOUT_RULE}", Exit.USAGE)
+        async with self._changing:
+            stack, name = self._stack, self._spec.name
+            if stack is None or self._phase != "serving":
+                raise ControlError(f"disk '{name}' is {self._phase}; it cannot be upgraded", Exit.BUSY)
+            if stack.fence is not Fence.OPEN:
+                raise ControlError(f"disk '{name}' cannot be upgraded: {stack} ends with its server", Exit.UNSUPPORTED)
+            for export in self._exports:
+                if not export.exporter.hands_over:
+                    why = f"the export {export.text} cannot be handed over"
+                    raise ControlError(f"disk '{name}' cannot be upgraded: {why}", Exit.UNSUPPORTED)
+            disk = self._describe(stack, self._exports[0].exporter)
+            if self._inode != disk.inode:  # nobody could open it again
+                raise ControlError(f"disk '{name}' cannot be upgraded: {stack} is not the same file any more", Exit.BUSY)
+            reached("upgrade-asked")
+            new = await asyncio.to_thread(Successor, command, self._spec)
+            at_rest: list[Exporter] = []
+            started = False
+            try:
+                self._successor = new.process.pid
+                self._note_state()
+                version = (await asyncio.to_thread(new.expect, ["ready"], patience)).get("program")
+                reached("upgrade-ready")
+                began = time.monotonic()
+                await self._drain()
+                handed = []
+                for export in self._exports:
+                    at_rest.append(export.exporter)
+                    handed.append(await export.exporter.hand_over())
+                reached("drained")
+                await self._close_storage()
+                reached("let-go")
+                await asyncio.to_thread(self._hand_over, new, disk.facts(), handed)
+                reached("sent")
+                until = time.monotonic() + _TAKING_OVER
+                step = ""
+                while step != "serving":
+                    left = max(0.0, until - time.monotonic())
+                    said = await asyncio.to_thread(new.expect, ["starting", "serving"], left)
+                    started, step = True, said["step"]
+            except BaseException as error:
+                started = await asyncio.to_thread(new.end) or started
+                await self._go_on(at_rest, started)
+                if isinstance(error, UserError):
+                    raise ControlError(f"{error}; disk '{name}' is served as before", error.exit_code) from error
+                raise
+            self._replaced = True
+            reached("replaced")
+            notify_systemd(f"MAINPID={new.process.pid}")
+            try:
+                await asyncio.to_thread(new.expect, ["settled"], _TAKING_OVER)
+            except ControlError as error:
+                log.error("%s", error)
+            for export in self._exports:
+                await export.exporter.release()
+            self._exports.clear()
+            self._finished.set()
+            log.info("disk '%s' is served by process %d", name, new.process.pid)
+            return {"pid": new.process.pid, "version": version, "pause": said["at"] - began}
+
+    async def _drain(self) -> None:
+        """Begin nothing new, and wait until nothing is in flight. Raises ControlError."""
+        deadline = time.monotonic() + _DRAINING
+        while True:
+            for export in self._exports:
+                export.exporter.hold(True)  # again and again: drivers start queues meanwhile
+            if all(export.exporter.is_quiet() for export in self._exports):
+                return
+            if self._is_waiting():
+                raise ControlError("requests wait for storage; they would fail", Exit.BUSY)
+            if time.monotonic() > deadline:
+                raise ControlError(f"what is in flight has not ended within {_DRAINING:g} seconds", Exit.TIMEOUT)
+            await asyncio.sleep(_LOOK)
+
+    def _hand_over(self, new: Successor, disk: dict[str, Any], handed: list[HandOver]) -> None:
+        fds = [self._lock]
+        exports = []
+        for export, given in zip(self._exports, handed, strict=True):
+            facts = {"queue_count": export.exporter.queue_count, "facts": given.facts, "fds": [len(fds), len(given.fds)]}
+            exports.append(facts)
+            fds += given.fds
+        monitor = (self._monitor or os.getppid()) if self._spec.restart != "no" else None
+        try:
+            new.line.send({"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+        except OSError as error:
+            raise ControlError(f"the new server is gone: {error.strerror}", Exit.FAILED) from error
+
+    async def _go_on(self, at_rest: list[Exporter], started: bool) -> None:
+        """After a new server that failed, and has ended. The disk's users wait, so this does not give up."""
+        self._successor = None
+        self._was_open = True
+        said = ""
+        while self._stack is None:
+            stack = self._make_stack()
+            try:
+                await stack.open()
+                self._stack = stack
+            except UserError as error:
+                if str(error) != said:
+                    log.error("disk '%s': its storage cannot be opened again, its users wait: %s", self._spec.name, error)
+                    said = str(error)
+                await asyncio.sleep(_REOPEN)
+        for export in self._exports:
+            if export.exporter in at_rest:
+                await export.exporter.resume(self._stack, touched=started)
+            export.exporter.hold(False)
+        self._note_state()
+
+    async def _run_as_successor(self, wanted: list[ExportSpec], line: Line) -> Exit:
+        os.set_inheritable(line.fileno(), False)
+        self._spec = replace(self._spec, upgrade_fd=None)
+        async with self._changing:
+            try:
+                await self._succeed(wanted, line)
+            except BaseException as error:
+                is_bug = not isinstance(error, UserError)
+                log.error("disk '%s' is not taken over: %s", self._spec.name, error, exc_info=is_bug)
+                code = error.exit_code if isinstance(error, UserError) else Exit.FAILED
+                with contextlib.suppress(OSError):
+                    line.send({"error": str(error) or type(error).__name__, "code": int(code)})
+                # Nothing is undone: all of it is the old server's again, as soon as this process is no more.
+                logging.shutdown()
+                os._exit(code)
+            try:
+                undo = AsyncExitStack()
+                undo.push_async_callback(self._close_storage)
+                await self._listen(undo)
+                self._note_state()
+                with contextlib.suppress(OSError):
+                    line.send({"step": "settled"})
+                line.close()
+                places = ", ".join(export.endpoint.path for export in self._exports)
+                notify_systemd(f"READY=1\nSTATUS=serving {places}")
+            except BaseException:
+                log.exception("disk '%s': after it was taken over", self._spec.name)
+                logging.shutdown()
+                os._exit(Exit.FAILED)  # as a crash: the disk waits for the next server
+        try:
+            async with undo:
+                return await self._run_to_the_end()
+        finally:
+            self._leave_directory()
+
+    async def _succeed(self, wanted: list[ExportSpec], line: Line) -> None:
+        """Returns when the disk is served by this process. Raises anything, and then it must end."""
+        self._was_open = True
+        stack = self._make_stack()
+        if any(export.exporter.for_this_host for export in wanted):
+            for problem in harden():
+                log.warning("%s", problem)
+        self._catch_signals()
+        reached("prepared")
+        line.send({"step": "ready", "version": VERSION, "program": __version__})
+        try:
+            message, fds = await asyncio.to_thread(line.receive)
+        except (EOFError, ValueError, OSError) as error:
+            raise ControlError(f"the old server has not handed the disk over ({error or 'it is gone'})") from error
+        if message.get("version") != VERSION:
+            raise ControlError(f"it is handed over in version {message.get('version')}; accepted is {VERSION}")
+        self._lock, self._monitor = fds[0], message["monitor"]
+        reached("received")
+        await stack.open()
+        self._stack = stack
+        reached("reopened")
+        exporters: list[Exporter] = []
+        for export, facts in zip(wanted, message["exports"], strict=True):
+            exporter = self._make_exporter(export, stack, facts["queue_count"], adopt=True)
+            if not exporters:
+                found = self._describe(stack, exporter)
+                difference = DiskRecord(spec=self._spec, **message["disk"]).difference(found)
+                if difference is not None:
+                    raise ControlError(difference, Exit.BUSY)
+                self._inode = found.inode
+            if exporter.for_this_host:
+                self._record = found
+            first, count = facts["fds"]
+            await exporter.receive(HandOver(facts["facts"], fds[first : first + count]))
+            exporters.append(exporter)
+        with contextlib.suppress(OSError):  # the old server's death, from here on to the end
+            line.send({"step": "starting"})
+        for text, exporter in zip(self._spec.exports, exporters, strict=True):
+            self._add_export(text, exporter, await exporter.resume(stack))
+        reached("restarted")
+        self._phase = "serving"
+        at = time.monotonic()
+        with contextlib.suppress(OSError):
+            line.send({"step": "serving", "at": at})
+        reached("took-over")
+        log.info("disk '%s' is taken over from a server that runs, version %s", self._spec.name, __version__)
+        control.add_event(self._spec.name, event="upgraded", pid=os.getpid(), version=__version__)
+
     # ------------------------------------------------------------------------------------------ control socket
 
     async def _listen(self, undo: AsyncExitStack) -> None:
         path = control.DiskPaths.of(self._spec.name).socket
-        path.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock
-        server = await asyncio.start_unix_server(self._converse, path, limit=control.MAX_MESSAGE)
-        os.chmod(path, 0o600)
+        new = path.with_name("control.new")  # no longer than the final name, which has been checked
+        new.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock
+        server = await asyncio.start_unix_server(self._converse, new, limit=control.MAX_MESSAGE)
+        os.chmod(new, 0o600)
+        os.replace(new, path)
         undo.callback(server.close)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -505,9 +747,11 @@ class Worker:
                 case "detach":
                     await self._detach(force=request.get("force") is True)
                     return control.ok_reply()
+                case "upgrade":
+                    return control.ok_reply(**await self._upgrade(request.get("command"), request.get("patience")))
                 case other:
                     raise ControlError(
-                        f"op: {other!r} is not known; accepted are ping, info, resize, set, detach", Exit.USAGE
+                        f"op: {other!r} is not known; accepted are ping, info, resize, set, detach, upgrade", Exit.USAGE
                     )
         except ControlError as error:
             return control.error_reply(str(error), error.exit_code, error.holders)
@@ -604,7 +848,9 @@ class Worker:
         if self._predecessor is not None:
             facts["taken_over"] = True
         if spec.restart != "no":
-            facts["monitor"] = os.getppid()
+            facts["monitor"] = self._monitor or os.getppid()
+        if self._successor is not None:
+            facts["successor"] = self._successor
         return facts
 
     def _is_waiting(self) -> bool:

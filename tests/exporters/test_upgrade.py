@@ -1,0 +1,348 @@
+"""A new server takes a disk over from one that runs; the front-end keeps its connection and notices nothing but a pause."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import MIB, SIZE, Machine, Server
+
+from vduse_blk import control
+from vduse_blk.control import ControlError, Exit, Hangup
+from vduse_blk.exporter import KILL_ENV
+from vduse_blk.testing.driver import OK
+from vduse_blk.testing.frontend import FakeFrontend
+
+Serve = Callable[..., Server]
+COMMAND = [sys.executable, "-P", "-m", "vduse_blk.worker"]
+BEFORE = ("upgrade-asked", "upgrade-ready", "drained", "let-go")
+"""Steps of the old server at which the new one has nothing yet."""
+AFTER = ("sent", "replaced")
+NEW = ("prepared", "received", "reopened", "restarted")
+"""Steps of the new server before the disk is its own."""
+both_paths = pytest.mark.parametrize("path", ["native", "plugin"])
+
+
+class Load:
+    """Writes and reads back, on a thread of its own, as fast as it can; remembers the longest wait for an answer."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._ending = threading.Event()
+        self._turned = threading.Condition()
+        self.turns = 0
+        self.longest = 0.0
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        queue = self._machine.queue
+        source = random.Random(1)
+        try:
+            while not self._ending.is_set():
+                began = time.monotonic()
+                sector = source.randrange(0, 8192, 8)
+                data = source.randbytes(16384)
+                assert queue.write(sector, data, pieces=4) == OK
+                assert queue.read(sector, len(data)) == (OK, data)
+                queue.reset_heap()
+                with self._turned:
+                    self.longest = max(self.longest, time.monotonic() - began)
+                    self.turns += 1
+                    self._turned.notify_all()
+        except BaseException as error:
+            with self._turned:
+                self.failure = error
+                self._turned.notify_all()
+
+    def wait(self, turns: int = 20) -> None:
+        """Until so many more have been answered."""
+        with self._turned:
+            goal = self.turns + turns
+            assert self._turned.wait_for(lambda: self.turns >= goal or self.failure is not None, 30)
+        assert self.failure is None, self.failure
+
+    def end(self) -> None:
+        self._ending.set()
+        self._thread.join(30)
+        assert self.failure is None, self.failure
+
+
+def upgrade(server: Server, *command: str, environment: str = "") -> dict[str, Any]:
+    words = list(command) or (["env", environment, *COMMAND] if environment else COMMAND)
+    return server.call("upgrade", command=words, patience=20)
+
+
+def owner(server: Server) -> int:
+    return int(server.call("info")["pid"])
+
+
+def detach(server: Server) -> None:
+    """And wait for the end of whoever serves it."""
+    server.process.wait(10)
+    with control.Client("d") as client, control.server_process(client.server_pid) as end:
+        assert client.server_pid == client.call("info")["pid"]
+        client.call("detach", force=True)
+        if end is not None:
+            assert select.select([end], [], [], 10)[0]
+    assert not (server.folder / "run" / "d").exists()
+    assert not server.socket.exists()
+
+
+@both_paths
+def test_fifty_upgrades_under_load(serve: Serve, machine: Machine, path: str) -> None:
+    """Fifty servers, one after another, under a load that checks what it reads: no error, one connection, short pauses."""
+    server = serve(path=path)
+    frontend = machine.boot(server)
+    load = Load(machine)
+    pauses, pids = [], {server.process.pid}
+    for _ in range(50):
+        load.wait()
+        said = upgrade(server)
+        pauses.append(said["pause"] * 1000)
+        pids.add(said["pid"])
+        assert owner(server) == said["pid"]
+    load.wait()
+    load.end()
+    assert len(pids) == 51
+    assert server.process.wait(10) == 0
+    assert server.call("info")["frontend"] == os.getpid()
+    print(
+        f"\nupgrade, {path}: pause median {statistics.median(pauses):.1f} ms, maximum {max(pauses):.1f} ms; "
+        f"longest request {load.longest * 1000:.1f} ms"
+    )
+    assert statistics.median(pauses) < 500
+    frontend.close()
+    detach(server)
+
+
+def test_everything_of_a_session_goes_along(serve: Serve) -> None:
+    """Several queues, a log of requests in flight, the size and the back-end's channel: all work as before afterwards, and
+    others may connect when the front-end has left."""
+    server = serve(queues=4)
+    machine = Machine(queues=4)
+    frontend = FakeFrontend.connect(server.socket)
+    frontend.negotiate()
+    inflight = frontend.get_inflight(4, 64)
+    assert frontend.set_inflight(inflight) == 0
+    assert frontend.set_memory(*(queue.region for queue in machine.queues)) == 0
+    for index, queue in enumerate(machine.queues):
+        frontend.start_queue(index, queue)
+    for turn in range(3):
+        for index, queue in enumerate(machine.queues):
+            data = random.Random(turn * 4 + index).randbytes(65536)
+            assert queue.write(index * 512, data) == OK
+            upgraded = upgrade(server) if index == turn else None
+            assert queue.read(index * 512, len(data)) == (OK, data)
+            assert upgraded is None or owner(server) == upgraded["pid"]
+            queue.reset_heap()
+    server.call("resize", size=16 * MIB)
+    frontend.backend_message()
+    assert frontend.capacity() == 16 * MIB
+    frontend.close()
+    inflight.close()
+    machine.close()
+    second = Machine()
+    frontend = second.boot(server)
+    assert second.queue.write(0, bytes(4096)) == OK
+    upgrade(server)
+    assert second.queue.read(0, 4096) == (OK, bytes(4096))
+    frontend.close()
+    second.close()
+    detach(server)
+
+
+def test_without_a_front_end(serve: Serve, machine: Machine) -> None:
+    """The socket itself is handed over."""
+    server = serve()
+    upgrade(server)
+    upgrade(server)
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, bytes(4096)) == OK
+    frontend.close()
+    detach(server)
+
+
+def check_goes_on(server: Server, load: Load, pid: int) -> None:
+    load.wait()
+    assert owner(server) == pid
+    assert Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("inflight", [False, True], ids=["plain", "inflight"])
+def test_a_new_server_that_fails_changes_nothing(serve: Serve, machine: Machine, inflight: bool) -> None:
+    """It cannot be started, dies at any step, is another program, or finds other storage: the old one serves on, under load,
+    and the next upgrade works."""
+    server = serve()
+    frontend = FakeFrontend.connect(server.socket)
+    frontend.negotiate()
+    area = frontend.get_inflight(1, 64) if inflight else None
+    if area is not None:
+        assert frontend.set_inflight(area) == 0
+    assert frontend.set_memory(machine.queue.region) == 0
+    frontend.start_queue(0, machine.queue)
+    load = Load(machine)
+    pid = server.process.pid
+    failures = [
+        (("/nowhere/python",), "", "cannot be started"),
+        (("/bin/false",), "", "ended with status 1"),
+        ((sys.executable, "-c", "import socket; raise SystemExit(3)"), "", "ended with status 3"),
+        (("env", "VDUSE_BLK_RUN=/" + 200 * "x", *COMMAND), "", ""),
+    ]
+    # Without the log nobody could tell what a server that was killed after its start had in flight.
+    steps = NEW if inflight else NEW[:-1]
+    failures += [((), f"{KILL_ENV}={step}", "signal 9") for step in steps]
+    for command, environment, text in failures:
+        with pytest.raises(ControlError, match=r"served as before|cannot be started") as failure:
+            upgrade(server, *command, environment=environment)
+        assert text in str(failure.value)
+        check_goes_on(server, load, pid)
+    os.rename(server.image, server.folder / "old")
+    server.image.write_bytes(bytes(SIZE))
+    with pytest.raises(ControlError, match="not the same file any more"):
+        upgrade(server)
+    os.rename(server.folder / "old", server.image)
+    assert upgrade(server)["pid"] != pid
+    load.wait()
+    load.end()
+    frontend.close()
+    if area is not None:
+        area.close()
+    detach(server)
+
+
+def test_a_front_end_without_a_log_is_left_when_nobody_knows(serve: Serve, machine: Machine) -> None:
+    """A new server dies just after it began, and a front-end has no log: as after any crash it must connect again."""
+    server = serve()
+    frontend = machine.boot(server)
+    with pytest.raises(ControlError, match="served as before"):
+        upgrade(server, environment=f"{KILL_ENV}=restarted")
+    assert frontend.gone()
+    frontend.close()
+    again = machine.boot(server)
+    again.close()
+
+
+@pytest.mark.parametrize("step", AFTER)
+def test_a_new_server_with_everything_needs_the_old_one_no_more(tmp_path: Path, machine: Machine, step: str) -> None:
+    """The old one is killed when it has handed the disk over: the load goes on with the new one."""
+    os.environ[KILL_ENV] = step
+    try:
+        server = Server(tmp_path)
+    finally:
+        del os.environ[KILL_ENV]
+    frontend = machine.boot(server)
+    load = Load(machine)
+    load.wait()
+    with pytest.raises(Hangup):
+        upgrade(server)
+    assert server.process.wait(10) == -9
+    load.wait()
+    deadline = time.monotonic() + 10
+    while control.disk_status("d").state != "serving":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert owner(server) != server.process.pid
+    load.end()
+    frontend.close()
+    detach(server)
+
+
+@pytest.mark.parametrize("step", BEFORE)
+def test_an_old_server_that_dies_early_is_as_dead_as_any(tmp_path: Path, machine: Machine, step: str) -> None:
+    """The new one has nothing yet and ends; the disk is attached again as after any crash."""
+    os.environ[KILL_ENV] = step
+    try:
+        server = Server(tmp_path)
+    finally:
+        del os.environ[KILL_ENV]
+    with pytest.raises(Hangup):
+        upgrade(server)
+    assert server.process.wait(10) == -9
+    server.start()
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, bytes(4096)) == OK
+    frontend.close()
+    assert server.stop() == Exit.OK
+
+
+def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> None:
+    """A request hangs in the storage: the upgrade is refused, the request does not fail, and the disk serves on."""
+    server = serve(filters=["faults?on=write&hang=1"])
+    frontend = machine.boot(server)
+    answers: list[int] = []
+    writer = threading.Thread(target=lambda: answers.append(machine.queue.write(0, bytes(4096))))
+    writer.start()
+    while not server.call("info")["counters"].get("inflight"):
+        assert writer.is_alive()
+    with pytest.raises(ControlError, match="has not ended within") as refused:
+        upgrade(server)
+    assert refused.value.exit_code == Exit.TIMEOUT
+    server.call("set", values={"faults.hang": "0"})
+    writer.join(10)
+    assert answers == [OK]
+    upgrade(server)
+    assert machine.queue.read(0, 4096) == (OK, bytes(4096))
+    frontend.close()
+    detach(server)
+
+
+def test_storage_that_ends_with_its_server_is_refused(serve: Serve) -> None:
+    """Memory cannot be handed over: the sentence says so."""
+    server = serve(source="memory:1M")
+    with pytest.raises(ControlError, match="ends with its server") as refused:
+        upgrade(server)
+    assert refused.value.exit_code == Exit.UNSUPPORTED
+
+
+def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
+    """`upgrade` says who serves and how long users waited; the monitor watches the new server from then on, and starts
+    another when it dies; `detach` ends them all; a disk that is not there is exit 3."""
+    environment = os.environ | {control.RUN_ENV: str(tmp_path / "run")}
+    os.environ[control.RUN_ENV] = environment[control.RUN_ENV]
+    (tmp_path / "disk.img").write_bytes(bytes(SIZE))
+
+    def cli(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+
+    assert cli("upgrade", "d").returncode == Exit.NOT_FOUND
+    path = tmp_path / "socket"
+    options = ("--name", "d", "--restart", "on-failure", "--export", f"vhost-user:{path}")
+    made = cli("attach", str(tmp_path / "disk.img"), *options)
+    assert made.returncode == 0, made.stderr
+    before = control.disk_status("d").info
+    said = json.loads(cli("upgrade", "d", "--json").stdout)
+    assert said.keys() == {"ok", "name", "pid", "version", "pause_ms"}
+    assert cli("upgrade", "d").stderr.startswith("vduse-blk: disk 'd' is served by version ")
+    now = control.disk_status("d").info
+    assert now["monitor"] == before["monitor"]
+    assert len({before["pid"], said["pid"], now["pid"]}) == 3
+    assert [event["event"] for event in now["events"]] == ["upgraded", "upgraded"]
+    with control.server_process(now["pid"]) as end:
+        os.kill(now["pid"], signal.SIGKILL)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    deadline = time.monotonic() + 30
+    while (after := control.disk_status("d")).state != "serving":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert after.info["pid"] != now["pid"]
+    assert after.info["monitor"] == before["monitor"]
+    assert after.info["events"][-1]["signal"] == 9
+    with control.server_process(before["monitor"]) as end:
+        assert cli("detach", "d").returncode == 0
+        assert end is None or select.select([end], [], [], 10)[0]

@@ -1,0 +1,99 @@
+"""A live upgrade of a disk of this host: the device node is passed on, its users notice nothing but a pause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.host import assert_nothing_left, cli, image, info, servers, wait_until
+from vduse_blk import control
+from vduse_blk.control import ControlError
+from vduse_blk.exporter import KILL_ENV
+
+MIB = 1 << 20
+DD = ("bs=16k", "count=1000", "oflag=direct", "status=none")
+
+
+def load(device: str) -> list[str]:
+    """fio: random 4 KiB writes at queue depth 32, each verified, until it is interrupted."""
+    options = {
+        "rw": "randwrite", "bs": "4k", "direct": 1, "ioengine": "libaio", "iodepth": 32, "verify": "crc32c", "size": "32M",
+        "verify_state_save": 0, "verify_backlog": 256, "time_based": 1, "runtime": 600,
+    }  # fmt: skip
+    return ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def served(name: str) -> None:
+    """Wait until requests are served by whoever serves the disk now."""
+    wait_until(lambda: info(name)["counters"].get("write_ops", 0) > 50, "requests are served")
+
+
+def test_upgrades_under_load(tmp_path: Path) -> None:
+    """Five servers, one after another, watched by one monitor, while fio verifies: no error; then the last one is killed,
+    and the monitor starts the next."""
+    disk = image(tmp_path / "disk.img", 64 * MIB)
+    device = cli("attach", disk, "--name", "a", "--restart", "on-failure").stdout.strip()
+    monitor = info("a")["monitor"]
+    pauses = []
+    with subprocess.Popen(load(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        for _ in range(5):
+            served("a")
+            assert fio.poll() is None
+            said = json.loads(cli("upgrade", "a", "--json").stdout)
+            pauses.append(said["pause_ms"])
+            assert info("a")["pid"] == said["pid"]
+        served("a")
+        fio.send_signal(signal.SIGINT)
+        output, _ = fio.communicate(timeout=120)
+        assert fio.returncode in (0, 128), output  # by version; 128: it was interrupted
+        assert re.search(r"err= *0[:,\s]", output), output
+    print(f"\nupgrade: pause median {statistics.median(pauses):.0f} ms, maximum {max(pauses):.0f} ms")
+    wait_until(lambda: servers() == [said["pid"]], "the old servers end")
+    assert info("a")["monitor"] == monitor
+    os.kill(said["pid"], signal.SIGKILL)
+    wait_until(lambda: len(info("a")["events"]) == 7, "the monitor starts another", 60)  # 5 upgrades, an end, a take-over
+    assert info("a")["monitor"] == monitor
+    cli("detach", "a")
+    wait_until(lambda: not Path(f"/proc/{monitor}").exists(), "the monitor ends")
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("step", ["received", "restarted"])
+def test_a_new_server_that_dies_leaves_the_old_one(tmp_path: Path, step: str) -> None:
+    """Killed when it has the device, and when it serves already: the old one goes on under a writer that waits."""
+    device = cli("attach", image(tmp_path / "disk.img", 16 * MIB), "--name", "a").stdout.strip()
+    pid = info("a")["pid"]
+    command = ["env", f"{KILL_ENV}={step}", sys.executable, "-P", "-m", "vduse_blk.worker"]
+    with subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", *DD]) as dd:
+        served("a")
+        with control.Client("a", 60) as client, pytest.raises(ControlError, match=r"signal 9.*served as before"):
+            client.call("upgrade", command=command, patience=30)
+        assert info("a")["pid"] == pid
+        assert dd.wait(60) == 0
+    cli("detach", "a")
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("step", ["drained", "sent"])
+def test_an_old_server_that_dies(tmp_path: Path, step: str) -> None:
+    """Killed before it has handed the disk over: whoever attaches it takes it over. After: the new one goes on."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    device = cli("attach", disk, "--name", "a", env={KILL_ENV: step}).stdout.strip()
+    with subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", *DD]) as dd:
+        served("a")
+        assert cli("upgrade", "a", check=False).returncode == 1
+        if step == "drained":
+            wait_until(lambda: not servers(), "the new server ends")
+            assert cli("attach", disk, "--name", "a").stdout.strip() == device
+        wait_until(lambda: info("a").get("phase") == "serving", "it is served")
+        assert dd.wait(60) == 0
+    cli("detach", "a")
+    assert_nothing_left()
