@@ -15,6 +15,8 @@ from typing import Any
 
 CLI = [sys.executable, "-P", "-m", "vduse_blk.cli"]
 RUN = Path("/run/vduse-blk")
+_STRETCH = 1 << 20
+_SLOW_MS = 50
 
 
 def run(*command: object, check: bool = True, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -53,6 +55,26 @@ def image(path: Path, size: int) -> Path:
     with path.open("wb") as file:
         file.truncate(size)
     return path
+
+
+@contextlib.contextmanager
+def uneven(path: Path, name: str = "uneven") -> Iterator[Path]:
+    """A block device over a file, of stretches that are fast and slow by turns: something is always in flight, and requests
+    overtake each other. Only with direct I/O; nothing is slow in the page cache."""
+    run("modprobe", "-a", "loop", "dm-delay")
+    loop = run("losetup", "--find", "--show", path).stdout.strip()
+    try:
+        table = []
+        for number, start in enumerate(range(0, path.stat().st_size, _STRETCH)):
+            way, more = ("delay", f" {_SLOW_MS}") if number % 2 else ("linear", "")
+            table.append(f"{start // 512} {_STRETCH // 512} {way} {loop} {start // 512}{more}")
+        run("dmsetup", "create", name, input="\n".join(table))
+        try:
+            yield Path("/dev/mapper", name)
+        finally:
+            run("dmsetup", "remove", "--retry", name, check=False)
+    finally:
+        run("losetup", "-d", loop, check=False)
 
 
 def allocated(path: Path) -> int:

@@ -93,7 +93,7 @@ def test_an_old_server_that_dies(tmp_path: Path, step: str) -> None:
         if step == "drained":
             wait_until(lambda: not servers(), "the new server ends")
             assert cli("attach", disk, "--name", "a").stdout.strip() == device
-        wait_until(lambda: info("a").get("phase") == "serving", "it is served")
+        wait_until(lambda: info("a").get("state") == "serving", "it is served")
         assert dd.wait(60) == 0
     cli("detach", "a")
     assert_nothing_left()

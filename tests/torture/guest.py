@@ -29,12 +29,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run
+from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven
 from vduse_blk import control
 from vduse_blk.control import ControlError
 
@@ -54,10 +54,6 @@ _FIO = (
 ).split()
 _MIXED = ("--rw=randrw", "--rwmixread=30")
 _TRIM = ("--rw=randtrimwrite",)
-
-
-_STRETCH = 4 * MIB
-_SLOW_MS = 8
 
 
 class Wrong(Exception):
@@ -85,25 +81,6 @@ def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait(lambda: not is_alive(pid), f"process {pid} is dead")
-
-
-@contextlib.contextmanager
-def uneven(name: str, path: Path) -> Iterator[Path]:
-    """A block device over a file, of stretches that are fast and slow by turns."""
-    run("modprobe", "-a", "loop", "dm-delay")
-    loop = run("losetup", "--find", "--show", path).stdout.strip()
-    try:
-        table = []
-        for number, start in enumerate(range(0, SIZE, _STRETCH)):
-            way, more = ("delay", f" {_SLOW_MS}") if number % 2 else ("linear", "")
-            table.append(f"{start // 512} {_STRETCH // 512} {way} {loop} {start // 512}{more}")
-        run("dmsetup", "create", f"torture-{name}", input="\n".join(table))
-        try:
-            yield Path(f"/dev/mapper/torture-{name}")
-        finally:
-            run("dmsetup", "remove", "--retry", f"torture-{name}", check=False)
-    finally:
-        run("losetup", "-d", loop, check=False)
 
 
 class Ours:
@@ -349,7 +326,7 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
         progress = Progress(kills)
         try:
             for name, chance, mine in zip(("raw", "fs"), chances, counters, strict=True):
-                place = storage.enter_context(uneven(name, image(Path(folder, f"{name}.img"), SIZE)))
+                place = storage.enter_context(uneven(image(Path(folder, f"{name}.img"), SIZE), f"torture-{name}"))
                 disks.append(kind(name, place, chance, mine))
             run("mkfs.ext4", "-q", disks[1].device)
             run("mount", "-o", "discard", disks[1].device, mount)

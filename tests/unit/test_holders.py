@@ -168,6 +168,14 @@ class TestKernelUsers:
         assert [holder.kind for holder in host.holders(253, 0)] == ["mount", "swap", "device"]
 
 
+def test_udev_is_known_by_its_names() -> None:
+    """It alone is waited for, and only where it merely looks."""
+    assert Holder("open", "(udev-worker)", 7).is_udev
+    assert Holder("open", "systemd-udevd", 7).is_udev
+    assert not Holder("open", "fio", 7).is_udev
+    assert not Holder("mount", "(udev-worker)").is_udev
+
+
 def test_a_name_of_bytes_that_are_no_text_does_not_hurt(host: Host) -> None:
     path = host.root / "proc/1/mountinfo"
     path.write_bytes(b"30 22 253:0 / /mnt\xff rw - ext4 /dev/vda rw\nshort\n\n")
@@ -194,7 +202,7 @@ def number_of(device: str) -> tuple[int, int]:
 
 def users_of(device: str) -> list[Holder]:
     """But udev, which looks at every device that changes, for an instant."""
-    return [holder for holder in holders_of(*number_of(device)) if "udev" not in holder.detail]
+    return [holder for holder in holders_of(*number_of(device)) if not holder.is_udev]
 
 
 def image(path: Path, size: int) -> Path:

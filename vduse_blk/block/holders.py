@@ -39,6 +39,11 @@ class Holder:
     detail: str
     pid: int | None = None
 
+    @property
+    def is_udev(self) -> bool:
+        """Whether it is somebody who looks at every disk that has changed, and soon goes."""
+        return self.kind == "open" and self.detail in ("(udev-worker)", "systemd-udevd")
+
     def __str__(self) -> str:
         match self.kind:
             case "mount":

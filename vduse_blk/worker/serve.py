@@ -44,7 +44,9 @@ from vduse_blk.worker.process import harden
 log = logging.getLogger("vduse_blk.disk")
 
 _GLANCE = 1.0
-"""Seconds during which a mere open descriptor does not count as use: udev looks at every new disk for an instant."""
+"""Seconds during which a mere open descriptor does not count as use: programs look at every new disk for an instant."""
+_UDEV_LOOKS = 10.0
+"""Seconds during which udev's does not: it looks at every disk that was written to, and slow storage is slow for udev, too."""
 _MARGIN = 10.0
 """Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
 _TAKING_OVER = 10.0
@@ -475,12 +477,13 @@ class Worker:
 
     async def _claim(self, path: str) -> list[int]:
         """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
-        deadline = time.monotonic() + _GLANCE
+        began = time.monotonic()
         while True:
             holders = await asyncio.to_thread(self._holders, path)
             if not holders:
                 break
-            if time.monotonic() > deadline or any(holder.kind != "open" for holder in holders):
+            patience = _UDEV_LOOKS if all(holder.is_udev for holder in holders) else _GLANCE
+            if time.monotonic() - began > patience or any(holder.kind != "open" for holder in holders):
                 raise self._in_use(path, holders)
             await asyncio.sleep(0.1)
         try:
