@@ -46,7 +46,7 @@ log = logging.getLogger("vduse_blk.disk")
 _GLANCE = 1.0
 """Seconds during which a mere open descriptor does not count as use: programs look at every new disk for an instant."""
 _UDEV_LOOKS = 10.0
-"""Seconds during which udev's does not: it looks at every disk that was written to, and slow storage is slow for udev, too."""
+"""Seconds during which udev's does not: it looks at every disk that was written to, and slow disks are slow for it, too."""
 _MARGIN = 10.0
 """Seconds, at most, that are left of the starter's patience for undoing a start and saying why it failed."""
 _TAKING_OVER = 10.0
