@@ -626,9 +626,13 @@ class Worker:
                     said = str(error)
                 await asyncio.sleep(_REOPEN)
         for export in self._exports:
-            if export.exporter in at_rest:
-                await export.exporter.resume(self._stack, touched=started)
-            export.exporter.hold(False)
+            try:
+                if export.exporter in at_rest:
+                    await export.exporter.resume(self._stack, touched=started)
+                export.exporter.hold(False)
+            except Exception as error:
+                log.exception("disk '%s': the export %s does not go on", self._spec.name, export.text)
+                export.exporter.fail(f"not served any more since an upgrade failed: {error}")
         self._note_state()
 
     async def _run_as_successor(self, wanted: list[ExportSpec], line: Line) -> Exit:
