@@ -31,14 +31,14 @@ def kill_server() -> None:
     wait_until(lambda: not servers(), "the server is dead")
 
 
-def load(device: str, **more: object) -> list[str]:
-    """fio until it is interrupted: random writes that are verified, jobs on regions of their own, mixed sizes, deep queues."""
+def load(device: str) -> list[str]:
+    """fio until it is interrupted: random verified writes, jobs on regions of their own, mixed sizes, deep queues."""
     options = {
         "rw": "randwrite", "bsrange": "512-64k", "direct": 1, "ioengine": "libaio", "iodepth": 16, "verify": "crc32c",
         "numjobs": 2, "size": "16M", "offset_increment": "16M", "verify_state_save": 0, "fsync": 64,
         "verify_backlog": 256, "time_based": 1, "runtime": 600,
     }  # fmt: skip
-    return ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in (options | more).items())]
+    return ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in options.items())]
 
 
 @pytest.mark.parametrize("path", ["native", "plugin"])
