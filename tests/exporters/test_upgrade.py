@@ -279,6 +279,24 @@ def test_an_old_server_that_dies_early_is_as_dead_as_any(tmp_path: Path, machine
     assert server.stop() == Exit.OK
 
 
+def test_a_new_server_that_dies_when_the_disk_is_its_own(tmp_path: Path, machine: Machine) -> None:
+    """The old one has ended by then or does; the disk is attached again as after any crash."""
+    server = Server(tmp_path)
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, b"x" * 4096) == OK
+    said = upgrade(server, environment=f"{KILL_ENV}=took-over")
+    assert said["pid"] != server.process.pid
+    assert server.process.wait(10) == Exit.OK
+    assert frontend.gone()
+    frontend.close()
+    server.start()
+    machine.queue.reset_ring()
+    frontend = machine.boot(server)
+    assert machine.queue.read(0, 4096) == (OK, b"x" * 4096)
+    frontend.close()
+    assert server.stop() == Exit.OK
+
+
 def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> None:
     """A request hangs in the storage: the upgrade is refused, the request does not fail, and the disk serves on."""
     server = serve(filters=["faults?on=write&hang=1"])

@@ -20,6 +20,10 @@ MIB = 1 << 20
 ATTACH = ("locked", "opened", "created", "configured", "served", "added", "found", "linked", "serving")
 ADOPT = ("taken", "adopted")  # test_adopt.py
 LEAVE = ("left",)  # test_serve.py
+UPGRADE = (  # tests/exporters/test_upgrade.py, and some in test_upgrade.py
+    "upgrade-asked", "upgrade-ready", "drained", "let-go", "sent", "replaced",
+    "prepared", "received", "reopened", "restarted", "took-over",
+)  # fmt: skip
 DETACH = ("detaching", "deleted", "closed", "destroyed", "gone")
 RESIZE = ("resizing", "resized")
 
@@ -29,8 +33,8 @@ def test_every_step_is_in_a_list() -> None:
     marked = set()
     for folder in ("vduse_blk", "exporters"):
         for path in (TOP / folder).rglob("*.py"):
-            marked |= set(re.findall(r'(?:reached\(|_after, \w+\.\w+, )"(\w+)"\)', path.read_text()))
-    assert marked == {*ATTACH, *ADOPT, *LEAVE, *DETACH, *RESIZE}
+            marked |= set(re.findall(r'(?:reached\(|_after, \w+\.\w+, )"([\w-]+)"\)', path.read_text()))
+    assert marked == {*ATTACH, *ADOPT, *LEAVE, *UPGRADE, *DETACH, *RESIZE}
 
 
 @pytest.mark.parametrize("step", ATTACH)
