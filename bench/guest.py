@@ -189,8 +189,8 @@ class Patience:
 
 
 def idle(servers: Sequence[Server]) -> dict[str, list[float]]:
-    """CPU milliseconds each server uses while nobody uses its disk, once it has come to rest; one value per round. A host that
-    takes an emulated CPU away while a kernel thread looks whether it is still needed is charged to that thread."""
+    """CPU milliseconds each server uses while nobody uses its disk, once it has come to rest; one value per round. If a host
+    takes an emulated CPU away while a kernel thread looks whether it is still needed, that thread is charged for it."""
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     time.sleep(SETTLE_SECONDS)
     for _ in range(IDLE_ROUNDS):
