@@ -34,8 +34,6 @@ LOG_LINES: Final = 20
 MAX_CANDIDATES: Final = 9999
 """How many names are tried before the user has to choose one."""
 
-_KERNEL_PLACES: Final = ("/sys/class/vduse", "/sys/bus/vdpa/devices")
-
 _MANAGED_ENV: Final = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -139,7 +137,7 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
 
 
 def _kernel_knows(name: str) -> bool:
-    return any(os.path.lexists(f"{place}/{name}") for place in _KERNEL_PLACES)
+    return bool(import_module("vduse_blk.exporters.vduse.names").is_taken(name))
 
 
 def _candidates(name: str) -> Iterator[str]:

@@ -470,10 +470,7 @@ class Worker:
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
-        name = self._spec.name
-        if Path("/sys/class/vduse", name).exists():
-            return True
-        return any(export.exporter.is_left(name) for export in parse_exports(self._spec.exports))
+        return any(export.exporter.is_there(self._spec.name) for export in parse_exports(self._spec.exports))
 
     async def _claim(self, path: str) -> list[int]:
         """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
