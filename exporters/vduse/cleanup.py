@@ -164,8 +164,8 @@ def _wait_until_idle(device: str) -> None:
     while disk is not None and kernel.in_flight(disk):
         if time.monotonic() >= deadline:
             raise UserError(
-                f"the record of what the dead server of disk '{names.disk_of(device)}' had in flight is lost, and {kernel.in_flight(disk)} "
-                "requests wait that nobody knows how to answer: it goes only with a reboot",
+                f"the record of what the dead server of disk '{names.disk_of(device)}' had in flight is lost, and "
+                f"{kernel.in_flight(disk)} requests wait that nobody knows how to answer: it goes only with a reboot",
                 exit_code=1,
             )
         time.sleep(0.001)

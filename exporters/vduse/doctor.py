@@ -269,7 +269,7 @@ def check_remnants(root: Path) -> Iterator[Finding]:
         yield Finding(
             "remnants",
             "warn",
-            f"killed servers, hanging in the kernel or ended since, have left the VDUSE devices {', '.join(found)} without a disk",
+            f"without a disk: {', '.join(found)}; the killed servers that had them wait in the kernel, or have ended since",
             "make the storage of these servers answer; the devices go when any disk is attached or detached after that",
         )
 
