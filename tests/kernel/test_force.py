@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.kernel.host import assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
+from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
 
 MIB = 1 << 20
 _SOON = 20.0
@@ -161,6 +161,32 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
         wait_until(lambda: not is_open("k"), "the killed server has ended")
         cli("attach", disk, "--name", "k")
         assert "kernel_name" not in info("k")
+        cli("detach", "k")
+    finally:
+        stuck.remove()
+    assert_nothing_left()
+
+
+def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
+    """One that was killed: what it has under way lands before anything of the next one, which starts when it has ended."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin"]
+    try:
+        device = run(*words).stdout.strip()
+        (first,) = servers()
+        stuck.stop()
+        write = ["dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none"]
+        with subprocess.Popen(write) as dd:
+            wait_until(lambda: hangs(first), "the server hangs")
+            os.kill(first, signal.SIGKILL)
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
+                wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
+                assert is_open("k")
+                assert info("k")["state"] in ("starting", "silent")
+                stuck.go_on()
+                said, _ = attach.communicate(timeout=120)
+            assert (attach.returncode, said.strip()) == (0, device)
+            assert dd.wait(60) == 0
         cli("detach", "k")
     finally:
         stuck.remove()
