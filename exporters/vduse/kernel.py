@@ -20,7 +20,6 @@ from vduse_blk.exporters.vduse import names
 from vduse_blk.block.errors import UserError
 
 MODULES = ("vduse", "virtio_vdpa", "virtio_blk")
-CONTROL = Path("/dev/vduse/control")
 LINKS = Path("/dev/vduse-blk")
 _BLKGETSIZE64 = 0x80081272  # linux/fs.h; size_t is 8 bytes on every host this runs on
 _BUSY = 4
@@ -46,14 +45,14 @@ def load_modules() -> None:
                 f"the kernel module '{module}' cannot be loaded ({problem}); `vduse-blk doctor` says more",
                 exit_code=_UNSUPPORTED,
             )
-    if not CONTROL.exists():
+    if not names.CONTROL.exists():
         raise UserError(
-            f"{CONTROL} does not exist although the module 'vduse' is loaded; in a container, pass the host's "
+            f"{names.CONTROL} does not exist although the module 'vduse' is loaded; in a container, pass the host's "
             "/dev/vduse in",
             exit_code=_UNSUPPORTED,
         )
-    if not os.access(CONTROL, os.R_OK | os.W_OK):
-        raise UserError(f"{CONTROL}: no permission; run as root", exit_code=_DENIED)
+    if not os.access(names.CONTROL, os.R_OK | os.W_OK):
+        raise UserError(f"{names.CONTROL}: no permission; run as root", exit_code=_DENIED)
 
 
 async def netlink(verb: str, device: str) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEVICES = Path("/sys/class/vduse")
 VDPA_DEVICES = Path("/sys/bus/vdpa/devices")
-NODES = Path("/dev/vduse")
+CONTROL = Path("/dev/vduse/control")
 _REMNANT = 0x76626C6B
 """Seconds, 62 years: nobody else sets that. Any 32-bit number is accepted (vduse_dev.c, msg_timeout_store)."""
 
@@ -74,7 +74,7 @@ def sweep(control: Control) -> None:
     """Destroy the remnants whose process has ended."""
     if not remnants():
         return
-    fd = os.open(NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)  # which nobody but root can, and lock
     try:
         # One at a time: between the look and the destruction another one could destroy it, and make a device of that name.
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -47,7 +47,8 @@ class Kernel:
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(names, "DEVICES", tmp_path / "vduse")
     monkeypatch.setattr(names, "VDPA_DEVICES", tmp_path / "vdpa")
-    monkeypatch.setattr(names, "NODES", tmp_path)
+    monkeypatch.setattr(names, "CONTROL", tmp_path / "control")
+    (tmp_path / "control").touch()
     return Kernel(tmp_path)
 
 
