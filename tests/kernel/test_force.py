@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyvduse.control import Control, DeviceConfig
+from pyvduse.device import Device
 from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
 
 MIB = 1 << 20
@@ -124,7 +126,7 @@ def check_contents(device: str, disk: Path, text: bytes) -> None:
 
 def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
     """On storage that does not answer, in a call that no signal ends. The disk goes, and the next one of its name is served,
-    taken over, shown and detached as any other, although the dead one's device cannot be destroyed. That goes with the next
+    taken over, upgraded, shown and detached as any other, although the dead one's device cannot be destroyed. That goes with the next
     disk after the storage has answered."""
     disk = image(tmp_path / "other.img", 16 * MIB)
     stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
@@ -153,6 +155,8 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
         assert (info("k")["state"], info("k")["kernel_name"]) == ("dead", "k@2")
         assert cli("attach", disk, "--name", "k").stdout.strip() == device
         check_contents(device, disk, b"second")
+        cli("upgrade", "k")
+        check_contents(device, disk, b"third")
         assert "remnants" in cli("doctor", check=False).stdout
         cli("detach", "k")
         assert leftovers("k") == remnant
@@ -164,6 +168,23 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
         cli("detach", "k")
     finally:
         stuck.remove()
+    assert_nothing_left()
+
+
+def test_another_programs_device_is_not_taken_for_a_remnant(tmp_path: Path) -> None:
+    """Without a vdpa device and open, as a remnant is: an attach of its name is refused, and it stays."""
+    disk = image(tmp_path / "disk.img", MIB)
+    with Control.open() as control:
+        config = DeviceConfig(name="k", device_id=2, features=1 << 32 | 1 << 33, config=bytes(60), vq_num=1)
+        control.create(config)
+        try:
+            with Device.open("k"):
+                refused = cli("attach", disk, "--name", "k", check=False)
+                assert refused.returncode == 4
+                assert "another program" in refused.stderr
+                assert is_open("k")
+        finally:
+            control.destroy("k")
     assert_nothing_left()
 
 
