@@ -126,8 +126,8 @@ def check_contents(device: str, disk: Path, text: bytes) -> None:
 
 def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
     """On storage that does not answer, in a call that no signal ends. The disk goes, and the next one of its name is served,
-    taken over, upgraded, shown and detached as any other, although the dead one's device cannot be destroyed. That goes with the next
-    disk after the storage has answered."""
+    taken over, upgraded, shown and detached as any other, although the dead one's device cannot be destroyed. That goes with
+    the next disk after the storage has answered."""
     disk = image(tmp_path / "other.img", 16 * MIB)
     stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
     try:
