@@ -11,7 +11,7 @@ from typing import Any, Self
 from pyvduse._uapi import ffi, lib
 from pyvduse.errors import VduseError
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,126}", re.ASCII)
 
 
 def check_name(name: str) -> str:
@@ -21,8 +21,8 @@ def check_name(name: str) -> str:
     """
     if _NAME.fullmatch(name) is None or name == "control":
         raise ValueError(
-            f"{name!r} is no usable device name: 1 to 63 of letters, digits, '_', '.', '-', not starting with '.' or '-', "
-            "and not 'control'"
+            f"{name!r} is no usable device name: 1 to 127 of letters, digits, '_', '.', '-', '@', not starting with one "
+            "of the last three, and not 'control'"
         )
     return name
 

@@ -26,6 +26,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import time
@@ -296,6 +297,26 @@ def is_locked(name: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+_PF_EXITING: Final = 0x4  # linux/sched.h
+
+
+def is_dying(name: str) -> bool:
+    """Whether the disk's last server was killed and has not ended: a thread of it waits in the kernel, probably for storage,
+    and keeps all it had open, the lock of the disk's directory included."""
+    pid = read_state(name).get("pid")
+    if type(pid) is not int or pid <= 0 or not is_locked(name):
+        return False
+    try:
+        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+        if int(words[6]) & _PF_EXITING:
+            return words[0] != b"Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (OSError, ValueError, IndexError):
+        return False
+    pending = re.search(r"^SigPnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def remove_directory(

@@ -103,6 +103,11 @@ class Exporter(ABC):
         return False
 
     @classmethod
+    def is_there(cls, name: str) -> bool:
+        """Whether anything is left of a disk of this name, if only half of what a start makes or a stop removes."""
+        return cls.is_left(name)
+
+    @classmethod
     async def fail_left(cls, name: str, directory: Path) -> None:
         """Answer everything that such a disk has in flight with errors, and remove it. Raises UserError."""
         raise NotImplementedError(f"{cls.__name__} leaves nothing")

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse import kernel, names
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
 from pyvduse.control import Control
@@ -43,14 +43,14 @@ class DiskInUse(UserError):
         self.holders = holders
 
 
-def check_unused(name: str) -> None:
-    """Raise DiskInUse if the disk of ``name`` is mounted or held by anybody."""
-    disk = kernel.find_disk(name)
+def check_unused(device: str) -> None:
+    """Raise DiskInUse if the disk of ``device`` is mounted or held by anybody."""
+    disk = kernel.find_disk(device)
     if disk is None:
         return
     holders = holders_of(*kernel.disk_numbers(disk))
     if holders:
-        raise DiskInUse(f"disk '{name}' (/dev/{disk}) is in use: {'; '.join(map(str, holders))}", holders)
+        raise DiskInUse(f"disk '{names.disk_of(device)}' (/dev/{disk}) is in use: {'; '.join(map(str, holders))}", holders)
 
 
 def remove_leftover(
@@ -58,7 +58,7 @@ def remove_leftover(
 ) -> bool:
     """Remove the kernel objects of a disk whose server is dead; returns whether there were any. ``directory``: where that
     server kept its in-flight log. ``node``: its descriptor of the device, which is ours now: it may hang in the kernel with
-    the node open, and then nobody can open it anew.
+    the node open, and then nobody can open it anew, and the device stays as a remnant (``names``).
 
     Raises DiskInUse (exit 4) unless ``force``; UserError (exit 4) if a server still holds the device.
     """
@@ -70,25 +70,29 @@ def remove_leftover(
 
 
 def _remove_leftover(name: str, directory: Path | None, force: bool, node: int | None) -> bool:
-    if not kernel.exists(name):
+    known = names.device_of(name)
+    if known is None:
         kernel.remove_link(name)
+        if names.remnants():
+            with Control.open() as control:
+                names.sweep(control)
         return False
     if not force:
-        check_unused(name)
+        check_unused(known)
     try:
-        device = Device.open(name) if node is None else Device.from_fd(name, node)
+        device = Device.open(known) if node is None else Device.from_fd(known, node)
     except VduseError as error:
         if error.errno == errno.EBUSY:
             raise UserError(
-                f"device '{name}' is still open in another process, which serves it or inherited its descriptor",
+                f"device '{known}' is still open in another process, which serves it or inherited its descriptor",
                 exit_code=_BUSY,
             ) from error
         raise
     with device:
-        if device.is_broken() and (disk := kernel.find_disk(name)) is not None and kernel.in_flight(disk):
-            raise UserError(kernel.given_up(name), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
+        if device.is_broken() and (disk := kernel.find_disk(known)) is not None and kernel.in_flight(disk):
+            raise UserError(kernel.given_up(known), exit_code=1)  # DEV_DEL would wait for ever, with a kernel lock held
         # A DEV_DEL under way has taken the device out of sysfs, and waits for its requests all the same: the driver knows.
-        if kernel.vdpa_device(name).exists() or (not device.is_broken() and device.features()):
+        if kernel.vdpa_device(known).exists() or (not device.is_broken() and device.features()):
             inflight = _inflight(directory)
             try:
                 _delete(device, inflight)
@@ -97,15 +101,12 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
                     inflight.close()
     with Control.open() as control:
         try:
-            control.destroy(name)
+            control.destroy(known)
         except VduseError as error:
-            if error.errno != errno.EBUSY or node is None:
+            if error.errno != errno.EBUSY or node is None or kernel.vdpa_device(known).exists():
                 raise
-            raise UserError(
-                f"disk '{name}' is gone and its users were told, but its killed server hangs in the kernel and keeps "
-                f"the name until its storage answers; then `vduse-blk detach {name} --force` frees it",
-                exit_code=_BUSY,
-            ) from error
+            names.mark_remnant(known)
+        names.sweep(control)
     kernel.remove_link(name)
     return True
 
@@ -156,15 +157,15 @@ def _delete(device: Device, inflight: InflightLog | None) -> None:
         server.stop()
 
 
-def _wait_until_idle(name: str) -> None:
+def _wait_until_idle(device: str) -> None:
     """DEV_DEL waits for every request, with a kernel lock held: better not asked than for ever. Raises UserError."""
-    disk = kernel.find_disk(name)
+    disk = kernel.find_disk(device)
     deadline = time.monotonic() + _IDLE_SECONDS
     while disk is not None and kernel.in_flight(disk):
         if time.monotonic() >= deadline:
             raise UserError(
-                f"the record of what the dead server of disk '{name}' had in flight is lost, and {kernel.in_flight(disk)} "
-                "requests wait that nobody knows how to answer: it goes only with a reboot",
+                f"the record of what the dead server of disk '{names.disk_of(device)}' had in flight is lost, and "
+                f"{kernel.in_flight(disk)} requests wait that nobody knows how to answer: it goes only with a reboot",
                 exit_code=1,
             )
         time.sleep(0.001)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from vduse_blk.exporters.vduse import names
+
 from vduse_blk.block.errors import UserError
 
 Level = Literal["ok", "warn", "fail"]
@@ -75,6 +77,7 @@ def _examine(run_dir: Path, check_existing: Callable[[Path], None], root: Path) 
     if loaded:
         yield check_api(root)
         yield check_netlink()
+    yield from check_remnants(root)
     yield check_namespaces(root)
     yield check_device_nodes(root)
     yield check_io_uring(root)
@@ -257,6 +260,18 @@ def check_netlink() -> Finding:
         said[-1] if said else f"cannot be asked (exit status {child.returncode})",
         "run in the initial network namespace (a container: --network host); the family exists nowhere else",
     )
+
+
+def check_remnants(root: Path) -> Iterator[Finding]:
+    """Says nothing if there are none."""
+    found = names.remnants(root / "sys/class/vduse")
+    if found:
+        yield Finding(
+            "remnants",
+            "warn",
+            f"without a disk: {', '.join(found)}; the killed servers that had them wait in the kernel, or have ended since",
+            "make the storage of these servers answer; the devices go when any disk is attached or detached after that",
+        )
 
 
 def check_namespaces(root: Path) -> Finding:

@@ -24,7 +24,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse import kernel, names
 from vduse_blk.exporters.vduse.left import open_inflight
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 
@@ -96,7 +96,12 @@ class VduseExporter(Exporter):
 
     @classmethod
     def is_left(cls, name: str) -> bool:
-        return kernel.find_disk(name) is not None
+        device = names.device_of(name)
+        return device is not None and kernel.find_disk(device) is not None
+
+    @classmethod
+    def is_there(cls, name: str) -> bool:
+        return names.device_of(name) is not None
 
     @classmethod
     async def fail_left(cls, name: str, directory: Path) -> None:
@@ -152,7 +157,7 @@ class VduseExporter(Exporter):
         return HandOver({"node_fd": 0}, [self._device.fd])
 
     async def receive(self, handed: HandOver) -> None:
-        device = Device.from_fd(self.name, handed.fds[handed.facts["node_fd"]])
+        device = Device.from_fd(self._left_device(), handed.fds[handed.facts["node_fd"]])
         self._here.callback(self._after, device.close, "closed")
         self._prepare(device)
 
@@ -172,17 +177,20 @@ class VduseExporter(Exporter):
 
     def status(self) -> dict[str, Any]:
         assert self._server is not None
-        return {"device": f"/dev/{self._disk}", "path": self.path, **self._server.describe()}
+        assert self._device is not None
+        other_name = {"kernel_name": self._device.name} if self._device.name != self.name else {}
+        return {"device": f"/dev/{self._disk}", **other_name, "path": self.path, **self._server.describe()}
 
     # ---------------------------------------------------------------------------------------------------- steps
 
     async def _attach(self) -> None:
         await asyncio.to_thread(kernel.load_modules)
-        if kernel.exists(self.name):
-            await kernel.remove_leftover(self.name, self.options.directory)
         control = Control.open()
         self._there.callback(control.close)
-        device = self._create(control)
+        names.sweep(control)
+        if self.is_there(self.name):
+            await kernel.remove_leftover(self.name, self.options.directory)
+        device = self._create(control, names.free_device(self.name))
         inflight = None
         if self.options.directory is not None:
             inflight = InflightLog.create(
@@ -192,10 +200,10 @@ class VduseExporter(Exporter):
         self._serve(device, inflight).start()
         reached("served")
         # From here on a driver may be on top: it goes before anything is undone, see _delete.
-        await kernel.netlink("add", self.name)
+        await kernel.netlink("add", device.name)
         reached("added")
-        await asyncio.to_thread(kernel.bind_virtio_vdpa, self.name)
-        self._disk = await self._wait_for_disk()
+        await asyncio.to_thread(kernel.bind_virtio_vdpa, device.name)
+        self._disk = await self._wait_for_disk(device.name)
         reached("found")
         kernel.add_link(self.name, self._disk)
         reached("linked")
@@ -221,20 +229,29 @@ class VduseExporter(Exporter):
 
     def _prepare(self, device: Device) -> None:
         """What can be done before the queues run. Raises UserError."""
-        disk = kernel.find_disk(self.name)
+        disk = kernel.find_disk(device.name)
         if disk is None or self.options.directory is None:
-            raise UserError(f"disk '{self.name}' vanished while it was taken over", exit_code=1)
+            raise self._vanished()
         control = Control.open()
         self._there.callback(control.close)
-        self._there.callback(self._destroy, control)
+        self._there.callback(self._destroy, control, device.name)
         if device.is_broken():
-            raise UserError(kernel.given_up(self.name), exit_code=1)
+            raise UserError(kernel.given_up(device.name), exit_code=1)
         refusal = self._virtio.refusal(device.features())
         if refusal is not None:
             raise UserError(f"disk '{self.name}' cannot be taken over: {refusal}", exit_code=1)
         self._disk, self._device = disk, device
         self._inflight = open_inflight(self.options.directory, device)
         self._here.callback(self._inflight.close)
+
+    def _left_device(self) -> str:
+        device = names.device_of(self.name)
+        if device is None:
+            raise self._vanished()
+        return device
+
+    def _vanished(self) -> UserError:
+        return UserError(f"disk '{self.name}' vanished while it was taken over", exit_code=1)
 
     async def _go_on(self) -> None:
         """Serve a device that another server, or this one before, has served."""
@@ -251,18 +268,18 @@ class VduseExporter(Exporter):
         deadline = time.monotonic() + self.options.timeout
         while True:
             try:
-                return Device.open(self.name)
+                return Device.open(self._left_device())
             except VduseError as error:
                 if error.errno != errno.EBUSY or time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(0.05)
 
-    def _create(self, control: Control) -> Device:
+    def _create(self, control: Control, name: str) -> Device:
         options = self.options
         try:
             control.create(
                 DeviceConfig(
-                    name=self.name,
+                    name=name,
                     device_id=_DEVICE_ID_BLOCK,
                     features=self._virtio.offered,
                     config=self._virtio.config(),
@@ -272,15 +289,15 @@ class VduseExporter(Exporter):
         except VduseError as error:
             if error.errno == errno.EEXIST:
                 raise UserError(
-                    f"name: a VDUSE device '{self.name}' exists already; choose another name or "
+                    f"name: a VDUSE device '{name}' exists already; choose another name or "
                     f"`vduse-blk detach {self.name}` first",
                     exit_code=4,
                 ) from error
             raise
-        self._there.callback(self._destroy, control)
+        self._there.callback(self._destroy, control, name)
         reached("created")
         # Open from now on: the node is exclusive, and nobody can take the device for a dead server's.
-        device = Device.open(self.name)
+        device = Device.open(name)
         self._here.callback(self._after, device.close, "closed")
         for index in range(self.queue_count):
             device.vq_setup(index, options.queue_size)
@@ -289,19 +306,19 @@ class VduseExporter(Exporter):
         reached("configured")
         return device
 
-    async def _wait_for_disk(self) -> str:
+    async def _wait_for_disk(self, device: str) -> str:
         """DEV_NEW said yes; only the disk itself proves it."""
         server = self._server
         assert server is not None
         deadline = time.monotonic() + self.options.timeout
         while True:
-            disk = kernel.find_disk(self.name)
+            disk = kernel.find_disk(device)
             # Opening waits for storage that this loop may have to serve.
             if disk is not None and await asyncio.to_thread(kernel.is_usable, disk, self.stack.info.size):
                 return disk
             problem = server.refusal or server.broken
             if problem is None and time.monotonic() > deadline:
-                problem = kernel.why_no_disk(self.name) if disk is None else f"/dev/{disk} cannot be used"
+                problem = kernel.why_no_disk(device) if disk is None else f"/dev/{disk} cannot be used"
             if problem is not None:
                 raise UserError(f"no disk appeared for '{self.name}': {problem}", exit_code=1)
             await asyncio.sleep(0.02)
@@ -311,7 +328,8 @@ class VduseExporter(Exporter):
         self._loop.call_soon_threadsafe(self._loop.call_later, _RESET_SECONDS, self._look_whether_deleted)
 
     def _look_whether_deleted(self) -> None:
-        if self._disk is not None and not self._leaving and not kernel.vdpa_device(self.name).exists():
+        assert self._device is not None
+        if self._disk is not None and not self._leaving and not kernel.vdpa_device(self._device.name).exists():
             # The kernel may give the same /dev/vdX to the next disk.
             kernel.remove_link(self.name)
             self.fail("somebody else has deleted the vdpa device, and the disk with it; detach it")
@@ -329,11 +347,13 @@ class VduseExporter(Exporter):
 
     async def _delete_vdpa_device(self) -> None:
         reached("detaching")
-        if kernel.vdpa_device(self.name).exists():
+        assert self._device is not None
+        device = self._device.name
+        if kernel.vdpa_device(device).exists():
             try:
-                await kernel.netlink("del", self.name)
+                await kernel.netlink("del", device)
             except UserError:
-                if kernel.vdpa_device(self.name).exists():
+                if kernel.vdpa_device(device).exists():
                     raise
         kernel.remove_link(self.name)  # the kernel may give the same /dev/vdX to the next disk
         reached("deleted")
@@ -343,6 +363,8 @@ class VduseExporter(Exporter):
         action()
         reached(step)
 
-    def _destroy(self, control: Control) -> None:
-        control.destroy(self.name)
+    @staticmethod
+    def _destroy(control: Control, device: str) -> None:
+        control.destroy(device)
         reached("destroyed")
+        names.sweep(control)

@@ -1,5 +1,7 @@
 """What the kernel shows about a VDUSE device outside its own node: modules, sysfs, driver binding, the disk.
 
+``device`` is what the kernel calls it (``names``).
+
 Success of an attach is judged here, by the disk, because netlink reports success in many failures.
 """
 
@@ -13,10 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vduse_blk.exporters.vduse import names
+
 from vduse_blk.block.errors import UserError
 
 MODULES = ("vduse", "virtio_vdpa", "virtio_blk")
-CONTROL = Path("/dev/vduse/control")
 LINKS = Path("/dev/vduse-blk")
 _BLKGETSIZE64 = 0x80081272  # linux/fs.h; size_t is 8 bytes on every host this runs on
 _BUSY = 4
@@ -42,23 +45,23 @@ def load_modules() -> None:
                 f"the kernel module '{module}' cannot be loaded ({problem}); `vduse-blk doctor` says more",
                 exit_code=_UNSUPPORTED,
             )
-    if not CONTROL.exists():
+    if not names.CONTROL.exists():
         raise UserError(
-            f"{CONTROL} does not exist although the module 'vduse' is loaded; in a container, pass the host's "
+            f"{names.CONTROL} does not exist although the module 'vduse' is loaded; in a container, pass the host's "
             "/dev/vduse in",
             exit_code=_UNSUPPORTED,
         )
-    if not os.access(CONTROL, os.R_OK | os.W_OK):
-        raise UserError(f"{CONTROL}: no permission; run as root", exit_code=_DENIED)
+    if not os.access(names.CONTROL, os.R_OK | os.W_OK):
+        raise UserError(f"{names.CONTROL}: no permission; run as root", exit_code=_DENIED)
 
 
-async def netlink(verb: str, name: str) -> None:
-    """``verb`` "add" or "del": the vdpa device ``name``. Returns when the driver has probed, or let go.
+async def netlink(verb: str, device: str) -> None:
+    """``verb`` "add" or "del": the vdpa device ``device``. Returns when the driver has probed, or let go.
 
     In a process of its own: it may sit in the kernel for as long as a driver takes, and the netlink library would weigh on a
     server that needs it twice in its life. Raises UserError with the kernel's reason.
     """
-    await _run_module("pyvduse.vdpa", verb, name)
+    await _run_module("pyvduse.vdpa", verb, device)
 
 
 async def remove_leftover(name: str, directory: Path | None, *, force: bool = False) -> None:
@@ -94,19 +97,14 @@ async def _run_module(module: str, *words: str) -> None:
         raise UserError(reason, exit_code=status if status in (_BUSY, _DENIED) else 1)
 
 
-def exists(name: str) -> bool:
-    """Whether the kernel has a VDUSE device of this name."""
-    return Path("/sys/class/vduse", name).exists()
-
-
-def vdpa_device(name: str) -> Path:
+def vdpa_device(device: str) -> Path:
     """The vdpa device's directory in sysfs; it exists while the device is attached."""
-    return Path("/sys/bus/vdpa/devices", name)
+    return names.VDPA_DEVICES / device
 
 
-def find_disk(name: str) -> str | None:
-    """Kernel name ("vda") of the disk on top of vdpa device ``name``, if it exists."""
-    for found in sorted(vdpa_device(name).glob("virtio*/block/*")):
+def find_disk(device: str) -> str | None:
+    """Kernel name ("vda") of the disk on top of vdpa device ``device``, if it exists."""
+    for found in sorted(vdpa_device(device).glob("virtio*/block/*")):
         return found.name
     return None
 
@@ -121,9 +119,9 @@ def in_flight(disk: str) -> int:
     return sum(map(int, Path("/sys/class/block", disk, "inflight").read_text().split()))
 
 
-def given_up(name: str) -> str:
+def given_up(device: str) -> str:
     """Of a device that the kernel has declared broken: what can still be done, as a sentence."""
-    disk = find_disk(name)
+    disk, name = find_disk(device), names.disk_of(device)
     waiting = in_flight(disk) if disk is not None else 0
     why = f"the kernel has given disk '{name}' up, because a control message was not answered in time"
     if waiting:
@@ -134,24 +132,23 @@ def given_up(name: str) -> str:
     return f"{why}; `vduse-blk detach {name} --force` removes it"
 
 
-def bound_driver(name: str) -> str | None:
+def bound_driver(device: str) -> str | None:
     """Bus driver of the vdpa device: "virtio_vdpa", "vhost_vdpa" or None."""
-    link = vdpa_device(name) / "driver"
+    link = vdpa_device(device) / "driver"
     return link.resolve().name if link.is_symlink() else None
 
 
-def bind_virtio_vdpa(name: str) -> None:
+def bind_virtio_vdpa(device: str) -> None:
     """Give the vdpa device to virtio_vdpa. The first bus driver that was loaded wins otherwise, which may be vhost_vdpa.
 
     Blocks while the driver probes, like DEV_NEW: not on the thread that answers the kernel.
     """
-    if bound_driver(name) == "virtio_vdpa":
+    if bound_driver(device) == "virtio_vdpa":
         return
-    device = vdpa_device(name)
-    (device / "driver_override").write_text("virtio_vdpa")
-    if bound_driver(name) is not None:
-        (device / "driver" / "unbind").write_text(name)
-    Path("/sys/bus/vdpa/drivers_probe").write_text(name)
+    (vdpa_device(device) / "driver_override").write_text("virtio_vdpa")
+    if bound_driver(device) is not None:
+        (vdpa_device(device) / "driver" / "unbind").write_text(device)
+    Path("/sys/bus/vdpa/drivers_probe").write_text(device)
 
 
 def is_usable(disk: str, size: int) -> bool:
@@ -170,16 +167,16 @@ def is_usable(disk: str, size: int) -> bool:
         os.close(fd)
 
 
-def why_no_disk(name: str) -> str:
+def why_no_disk(device: str) -> str:
     """The most likely reason, for an error message."""
-    if not vdpa_device(name).exists():
+    if not vdpa_device(device).exists():
         return "the vdpa device is gone"
-    driver = bound_driver(name)
+    driver = bound_driver(device)
     if driver != "virtio_vdpa":
         return f"the vdpa device is bound to {driver or 'no driver'} instead of virtio_vdpa"
-    if not any(vdpa_device(name).glob("virtio*")):
+    if not any(vdpa_device(device).glob("virtio*")):
         return "virtio_vdpa did not accept the device; see the kernel log"
-    if not any(vdpa_device(name).glob("virtio*/driver")):
+    if not any(vdpa_device(device).glob("virtio*/driver")):
         return "virtio_blk did not accept the device; see the kernel log"
     return "virtio_blk did not make a disk; see the kernel log"
 

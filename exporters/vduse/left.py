@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse import kernel, names
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE
 
 from pyvduse.device import Device
@@ -22,11 +22,11 @@ def open_inflight(directory: Path, device: Device) -> InflightLog:
         log = InflightLog.open(path)
     except OSError as error:
         why = "is lost" if error.errno == errno.ENOENT else f"cannot be used ({error.strerror or error})"
-        raise _no_log(device.name, path, why) from error
+        raise _no_log(names.disk_of(device.name), path, why) from error
     try:
         queues = [device.vq_info(index) for index in range(device.vq_count())]
         if log.queues != len(queues) or any(queue.num > log.entries for queue in queues):
-            raise _no_log(device.name, path, "is of another disk")
+            raise _no_log(names.disk_of(device.name), path, "is of another disk")
     except BaseException:
         log.close()
         raise
@@ -44,14 +44,17 @@ def _no_log(name: str, path: Path, why: str) -> UserError:
 def look(name: str) -> dict[str, Any]:
     """For ``info`` of a disk without a server: ``waiting`` requests, and ``broken``: a sentence if the kernel has given it
     up. Empty if the kernel has no such disk. The node is opened for an instant: a successor waits that long."""
-    disk = kernel.find_disk(name)
-    if disk is None:
+    known = names.device_of(name)
+    disk = kernel.find_disk(known) if known is not None else None
+    if known is None or disk is None:
         return {}
     found: dict[str, Any] = {"device": f"/dev/{disk}", "waiting": kernel.in_flight(disk)}
+    if known != name:
+        found["kernel_name"] = known
     try:
-        with Device.open(name) as device:
+        with Device.open(known) as device:
             if device.is_broken():
-                found["broken"] = kernel.given_up(name)
+                found["broken"] = kernel.given_up(known)
     except VduseError:
         pass  # somebody has it open: it is being taken over, or its server's last thread hangs in the kernel
     return found

@@ -29,6 +29,6 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     KERNEL_LOG.write_text(f"vduse-blk: test {request.node.nodeid}\n")
     yield
     left = leftovers()
-    for name in {os.path.basename(path) for path in left}:
+    for name in {os.path.basename(path).partition("@")[0] for path in left}:
         cli("detach", name, "--force", check=False)
     assert left == [], "the test left something behind"

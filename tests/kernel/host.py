@@ -89,7 +89,7 @@ def leftovers(name: str | None = None) -> list[str]:
     for directory in ("/dev/vduse", "/sys/class/vduse", "/sys/bus/vdpa/devices", "/run/vduse-blk", "/dev/vduse-blk"):
         with contextlib.suppress(FileNotFoundError):
             found += [f"{directory}/{entry}" for entry in os.listdir(directory) if entry != "control"]
-    return [path for path in found if name is None or path.endswith(f"/{name}")]
+    return [path for path in found if name is None or Path(path).name.partition("@")[0] == name]
 
 
 def assert_nothing_left(name: str | None = None) -> None:

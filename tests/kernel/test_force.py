@@ -6,6 +6,7 @@ machine needs several just to start an interpreter.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.kernel.host import assert_nothing_left, cli, image, in_flight, servers, wait_until
+from pyvduse.control import Control, DeviceConfig
+from pyvduse.device import Device
+from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
 
 MIB = 1 << 20
 _SOON = 20.0
@@ -67,3 +70,145 @@ def test_a_plugin_that_spins(tmp_path: Path) -> None:
     device = cli("attach", "spinning:?size=16M", "--name", "k", env={"PYTHONPATH": str(tmp_path)}).stdout.strip()
     with writer(device):
         force(tmp_path)
+
+
+class Stuck:
+    """A block device over a file that can stop to answer: whoever does direct I/O on it waits in the kernel, and no signal
+    ends that."""
+
+    def __init__(self, path: Path) -> None:
+        run("modprobe", "-a", "loop", "dm-mod")
+        self._loop = run("losetup", "--find", "--show", path).stdout.strip()
+        self.path = "/dev/mapper/stuck"
+        run("dmsetup", "create", "stuck", "--table", f"0 {path.stat().st_size // 512} linear {self._loop} 0")
+
+    def stop(self) -> None:
+        run("dmsetup", "suspend", "--nolockfs", "--noflush", "stuck")
+
+    def go_on(self) -> None:
+        run("dmsetup", "resume", "--noudevsync", "stuck")
+
+    def remove(self) -> None:
+        self.go_on()
+        run("dmsetup", "remove", "--retry", "stuck", check=False)
+        run("losetup", "-d", self._loop, check=False)
+
+
+def hangs(pid: int) -> bool:
+    """Whether a thread of the process waits uninterruptibly."""
+    found = [stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc", str(pid), "task").glob("*/stat")]
+    return "D" in found
+
+
+def is_open(device: str) -> bool:
+    """Whether a process has the node of a VDUSE device open."""
+    try:
+        os.close(os.open(f"/dev/vduse/{device}", os.O_RDWR | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return True
+    return False
+
+
+def check_contents(device: str, disk: Path, text: bytes) -> None:
+    """The disk is that file's."""
+    fd = os.open(device, os.O_RDWR)
+    try:
+        os.pwrite(fd, text.ljust(4096, b"."), MIB)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    with disk.open("rb") as file:
+        file.seek(MIB)
+        assert file.read(4096).rstrip(b".") == text
+
+
+def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
+    """On storage that does not answer, in a call that no signal ends. The disk goes, and the next one of its name is served,
+    taken over, upgraded, shown and detached as any other, although the dead one's device cannot be destroyed. That goes with
+    the next disk after the storage has answered."""
+    disk = image(tmp_path / "other.img", 16 * MIB)
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    try:
+        device = cli("attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin").stdout.strip()
+        (first,) = servers()
+        stuck.stop()
+        with writer(device):
+            wait_until(lambda: hangs(first), "the server hangs")
+            began = time.monotonic()
+            done = cli("detach", "k", "--force")
+            assert time.monotonic() - began < _SOON, done.stderr
+        remnant = ["/dev/vduse/k", "/sys/class/vduse/k"]
+        assert leftovers("k") == remnant
+        assert is_open("k")
+        assert cli("info", "k", check=False).returncode == cli("detach", "k", check=False).returncode == 3
+        device = cli("attach", disk, "--name", "k").stdout.strip()
+        assert os.path.realpath("/dev/vduse-blk/k") == device
+        check_contents(device, disk, b"first")
+        assert (info("k")["kernel_name"], info("k")["device"], info("k")["size"]) == ("k@2", device, 16 * MIB)
+        assert "k@2" in cli("info", "k").stdout
+        assert device in cli("list").stdout
+        second = info("k")["pid"]
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: not is_open("k@2"), "the second server has ended")
+        assert (info("k")["state"], info("k")["kernel_name"]) == ("dead", "k@2")
+        assert cli("attach", disk, "--name", "k").stdout.strip() == device
+        check_contents(device, disk, b"second")
+        cli("upgrade", "k")
+        check_contents(device, disk, b"third")
+        assert "remnants" in cli("doctor", check=False).stdout
+        cli("detach", "k")
+        assert leftovers("k") == remnant
+        assert is_open("k"), "it took too long to prove anything"
+        stuck.go_on()
+        wait_until(lambda: not is_open("k"), "the killed server has ended")
+        cli("attach", disk, "--name", "k")
+        assert "kernel_name" not in info("k")
+        cli("detach", "k")
+    finally:
+        stuck.remove()
+    assert_nothing_left()
+
+
+def test_another_programs_device_is_not_taken_for_a_remnant(tmp_path: Path) -> None:
+    """Without a vdpa device and open, as a remnant is: an attach of its name is refused, and it stays."""
+    disk = image(tmp_path / "disk.img", MIB)
+    with Control.open() as control:
+        config = DeviceConfig(name="k", device_id=2, features=1 << 32 | 1 << 33, config=bytes(60), vq_num=1)
+        control.create(config)
+        try:
+            with Device.open("k"):
+                refused = cli("attach", disk, "--name", "k", check=False)
+                assert refused.returncode == 4
+                assert "another program" in refused.stderr
+                assert is_open("k")
+        finally:
+            control.destroy("k")
+    assert_nothing_left()
+
+
+def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
+    """One that was killed: what it has under way lands before anything of the next one, which starts when it has ended."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin"]
+    try:
+        device = run(*words).stdout.strip()
+        (first,) = servers()
+        stuck.stop()
+        write = ["dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none"]
+        with subprocess.Popen(write) as dd:
+            wait_until(lambda: hangs(first), "the server hangs")
+            os.kill(first, signal.SIGKILL)
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
+                wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
+                assert is_open("k")
+                assert info("k")["state"] in ("starting", "silent")
+                stuck.go_on()
+                said, _ = attach.communicate(timeout=120)
+            assert (attach.returncode, said.strip()) == (0, device)
+            assert dd.wait(60) == 0
+        cli("detach", "k")
+    finally:
+        stuck.remove()
+    assert_nothing_left()

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import pytest
+from vduse_blk.exporters.vduse import names as kernel_names
 
 from vduse_blk import control
 from vduse_blk.block.holders import take_from
@@ -325,7 +326,7 @@ class TestRace:
             names.append(name)
 
         monkeypatch.setattr(launch, "remove_leftover", remove)
-        monkeypatch.setattr(launch, "_KERNEL_PLACES", (str(tmp_path),))
+        monkeypatch.setattr(kernel_names, "DEVICES", tmp_path)
         monkeypatch.setenv("FAKE_WORKER", "die")
         return names
 

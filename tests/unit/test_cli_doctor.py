@@ -263,3 +263,13 @@ def test_all_at_once(tmp_path: Path) -> None:
     assert len(names) == len(set(names))
     assert {"privileges", "kernel", "module vduse", "io_uring", "page size", "run directory"} <= set(names)
     assert all(finding.remedy for finding in findings if finding.level != "ok")
+
+
+def test_remnants_of_killed_servers_are_named(root: Path) -> None:
+    """And where there are none, nothing is said of them."""
+    write(root, "sys/class/vduse/a/msg_timeout", "120\n")
+    assert list(doctor.check_remnants(root)) == []
+    write(root, "sys/class/vduse/b@2/msg_timeout", f"{0x76626C6B}\n")
+    (finding,) = doctor.check_remnants(root)
+    check_trouble(finding, "warn", "b@2")
+    assert "a," not in finding.detail

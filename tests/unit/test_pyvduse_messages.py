@@ -104,7 +104,7 @@ def test_errors_say_what_was_asked_of_what_and_why() -> None:
     assert str(VduseError("CREATE_DEV", "x", errno.EFAULT)) == "CREATE_DEV of x: Bad address"
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "control", "a/b", "a b", "-x", "a" * 64, "\u00e9"])
+@pytest.mark.parametrize("name", ["", ".", "..", "control", "a/b", "a b", "-x", "@x", "a" * 128, "\u00e9"])
 def test_names_the_kernel_takes_and_we_do_not(name: str) -> None:
     """A device's name becomes a file name in /dev and /sys."""
     with pytest.raises(ValueError, match="no usable device name"):

@@ -18,6 +18,7 @@ import pytest
 
 from vduse_blk import control
 from vduse_blk.block.holders import take_from
+from vduse_blk.cli import launch
 from vduse_blk.control import ControlError, Exit
 
 HERE = Path(__file__).parent
@@ -80,6 +81,39 @@ class Server:
 
 
 Start = Callable[..., Server]
+
+
+class Hung:
+    """A dead server of disk "d" of which one thread has not ended, and ``lock``: a duplicate of the one it keeps."""
+
+    def __init__(self) -> None:
+        self.lock = control.lock_directory("d")
+        # As the kernel leaves a killed process: the first thread has exited, another has not.
+        number = 60 if os.uname().machine == "x86_64" else 93  # exit(2), of one thread
+        words = f"import ctypes, threading; threading.Thread(target=input).start(); ctypes.CDLL(None).syscall({number}, 0)"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", words], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[self.lock]
+        )
+        control.write_state("d", control.read_state("d") | {"pid": self.process.pid})
+        while not control.is_dying("d"):
+            assert self.process.poll() is None
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        if not self.process.stdin.closed:
+            os.close(self.lock)
+            self.process.stdin.close()
+            self.process.wait(30)
+
+
+@pytest.fixture
+def hung(start: Start) -> Iterator[Hung]:
+    """In place of a server that was killed."""
+    killed(start)
+    made = Hung()
+    yield made
+    made.end()
 
 
 @pytest.fixture
@@ -368,6 +402,34 @@ class TestTakingOver:
         assert server.process.wait(30) == Exit.BUSY
         assert "I/O of its dead server may still be under way" in server.log
         assert (run_dir / "kept").exists()
+
+    def test_one_that_hangs_in_the_kernel_is_waited_for(self, start: Start, run_dir: Path, hung: Hung) -> None:
+        """It was killed and keeps the lock of the disk's directory until its last thread has ended."""
+        server = start(**KEPT)
+        while "waiting for the last I/O of the dead server" not in server.log:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        assert launch.claim_directory("d", unique=False) == ("d", False)
+        hung.end()
+        server.until("serving")
+        with pytest.raises(ControlError, match="a disk called 'd' exists"):  # who serves it is not waited for
+            launch.claim_directory("d", unique=False)
+
+    def test_one_that_hangs_in_the_kernel_is_not_waited_for_for_ever(self, start: Start, run_dir: Path, hung: Hung) -> None:
+        server = start(**KEPT, timeout=1)
+        assert server.process.wait(30) == Exit.BUSY
+        assert "hangs in the kernel" in server.log
+        assert (run_dir / "kept").exists()
+
+    def test_a_disk_removed_meanwhile_is_not_made_again(self, start: Start, run_dir: Path, hung: Hung) -> None:
+        """`detach --force` while a successor waits for the dead server."""
+        server = start(**KEPT)
+        while "waiting for the last I/O of the dead server" not in server.log:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        control.remove_directory("d", locked_fd=hung.lock)
+        assert server.process.wait(30) == Exit.NOT_FOUND
+        assert control.disk_names() == []
 
     def test_memory_is_never_replaced_by_zeros(self, start: Start, run_dir: Path) -> None:
         """A disk whose contents are gone is failed and removed, and whoever asked for it is told."""

@@ -67,10 +67,11 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
     except NotServed:
         _without_server(name, force)
     except ControlError as e:
-        if e.exit_code != Exit.NOT_FOUND or not os.path.lexists(f"/sys/class/vduse/{name}"):
+        device = _device_of(name)
+        if e.exit_code != Exit.NOT_FOUND or device is None:
             raise
         if os.geteuid() != 0:
-            raise ControlError(f"/sys/class/vduse/{name}: no permission; run as root", Exit.DENIED) from e
+            raise ControlError(f"/sys/class/vduse/{device}: no permission; run as root", Exit.DENIED) from e
         if not force:
             raise ControlError(
                 f"no disk is called '{name}', but a VDUSE device is: it belongs to another program, or the "
@@ -115,18 +116,28 @@ def _by_force(client: control.Client, end: int | None, patience: float) -> Taken
     if end is None:
         return Taken()
     # Before it is killed: a thread that waits in the kernel would keep both for as long as it waits, without an owner.
-    paths, pid = control.DiskPaths.of(client.name), client.server_pid
+    paths, pid, device = control.DiskPaths.of(client.name), client.server_pid, _device_of(client.name)
     try:
-        taken = Taken(lock=take_from(pid, str(paths.directory)), node=take_from(pid, f"/dev/vduse/{client.name}"))
+        taken = Taken(lock=take_from(pid, str(paths.directory)))
+        if device is not None:
+            taken.node = take_from(pid, f"/dev/vduse/{device}")
     except PermissionError:
         taken = Taken()  # a host that lets nobody trace: then it must end by itself
     output.say(f"the server of disk '{client.name}' (process {pid}) is killed")
     signal.pidfd_send_signal(end, signal.SIGKILL)
-    if ended(end, KILL_SECONDS) and taken.node is not None:
+    if not ended(end, KILL_SECONDS):
+        output.say("it has not ended yet: it waits in the kernel, probably for its storage")
+    elif taken.node is not None:
         # The kernel gives messages that were read and not answered to whoever opens the node next, not to a duplicate.
         os.close(taken.node)
         taken.node = None
     return taken
+
+
+def _device_of(name: str) -> str | None:
+    """What the kernel calls the VDUSE device of a disk, if it has one."""
+    device: str | None = import_module("vduse_blk.exporters.vduse.names").device_of(name)
+    return device
 
 
 def ended(process: int | None, seconds: float) -> bool:

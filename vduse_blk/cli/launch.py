@@ -34,8 +34,6 @@ LOG_LINES: Final = 20
 MAX_CANDIDATES: Final = 9999
 """How many names are tried before the user has to choose one."""
 
-_KERNEL_PLACES: Final = ("/sys/class/vduse", "/sys/bus/vdpa/devices")
-
 _MANAGED_ENV: Final = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -107,9 +105,9 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
     """Make a disk's directory; return the name and whether it was made just now.
 
     With ``unique`` the name is only a wish: the first of NAME, NAME-2, NAME-3 … is taken that no disk and no
-    VDUSE or vDPA device has. Without, a directory without a server stays as it is (its next server decides
-    what to do with what it finds), and one with a server raises ``ControlError`` (exit 4), as does one that is
-    not safe to use (exit 5).
+    VDUSE or vDPA device has. Without, a directory without a server, or with one that is dying, stays as it is (its
+    next server decides what to do with what it finds), and one with a server raises ``ControlError`` (exit 4), as does
+    one that is not safe to use (exit 5).
     """
     for candidate in _candidates(name) if unique else (name,):
         if unique and _kernel_knows(candidate):
@@ -120,7 +118,7 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
             if unique:
                 continue
             control.check_directory(name)  # before anything is written to it
-            if control.is_locked(name):
+            if control.is_locked(name) and not control.is_dying(name):
                 raise ControlError(
                     f"name: a disk called '{name}' exists; choose another or `vduse-blk detach {name}` first",
                     Exit.BUSY,
@@ -139,7 +137,7 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
 
 
 def _kernel_knows(name: str) -> bool:
-    return any(os.path.lexists(f"{place}/{name}") for place in _KERNEL_PLACES)
+    return bool(import_module("vduse_blk.exporters.vduse.names").is_taken(name))
 
 
 def _candidates(name: str) -> Iterator[str]:

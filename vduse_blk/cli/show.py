@@ -28,6 +28,7 @@ STATE_STYLES: Final = {
     "waiting": "yellow",
 }
 MAX_QUEUE_COLUMNS: Final = 8
+_PLAIN: Final = ("device", "kernel_name", "source", "path", "serial")
 
 
 @click.command("list", short_help="List all disks.")
@@ -130,7 +131,7 @@ def print_info(disk: control.DiskStatus) -> None:
     """Print one disk for people: its properties, then a table of counters."""
     know = disk.info
     rows = [("name", disk.name), ("state", disk.state)]
-    rows += [(key, str(know[key])) for key in ("device", "source", "path", "serial") if know.get(key)]
+    rows += [(key.replace("_", " "), str(know[key])) for key in _PLAIN if know.get(key)]
     rows += [("export", f"{export['export']}") for export in know.get("exports", [])]
     rows += _policy_rows(know)
     rows += [("filter", _filter_text(layer)) for layer in know.get("filters", [])]

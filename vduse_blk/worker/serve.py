@@ -105,7 +105,7 @@ class Worker:
         wanted = parse_exports(self._spec.exports)
         if self._spec.upgrade_fd is not None:
             return await self._run_as_successor(wanted, Line(socket.socket(fileno=self._spec.upgrade_fd)))
-        self._lock = control.lock_directory(self._spec.name)
+        self._lock = await self._lock_directory()
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
@@ -122,6 +122,33 @@ class Worker:
                 return await self._run_to_the_end()
         finally:
             self._leave_directory()
+
+    async def _lock_directory(self) -> int:
+        """A killed server has the lock until its last thread leaves the kernel, which may wait there for storage. Raises
+        ControlError."""
+        name = self._spec.name
+        if not control.is_dying(name):
+            return control.lock_directory(name)
+        log.info("disk '%s': waiting for the last I/O of the dead server, whose process has not ended", name)
+        self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
+        deadline = time.monotonic() + self._patience().get("timeout", _FENCE)
+        directory = control.open_directory(name)
+        try:
+            while control.is_dying(name):
+                if self._given_up is not None:
+                    raise ControlError(f"the start was given up: {self._given_up}", Exit.FAILED)
+                if time.monotonic() >= deadline:
+                    raise ControlError(
+                        f"disk '{name}' cannot be taken over yet: its dead server hangs in the kernel, and its I/O may land "
+                        f"any time; `vduse-blk detach {name} --force` fails the disk's requests and removes it",
+                        Exit.BUSY,
+                    )
+                await asyncio.sleep(0.1)
+            if not control.is_directory(name, directory):
+                raise ControlError(f"disk '{name}' was removed while its dead server was waited for", Exit.NOT_FOUND)
+            return control.lock_directory(name)
+        finally:
+            os.close(directory)
 
     async def _run_to_the_end(self) -> Exit:
         await self._finished.wait()
@@ -470,10 +497,7 @@ class Worker:
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
-        name = self._spec.name
-        if Path("/sys/class/vduse", name).exists():
-            return True
-        return any(export.exporter.is_left(name) for export in parse_exports(self._spec.exports))
+        return any(export.exporter.is_there(self._spec.name) for export in parse_exports(self._spec.exports))
 
     async def _claim(self, path: str) -> list[int]:
         """Refuse if the device is in use; otherwise open it exclusively, so that nobody can mount it meanwhile."""
