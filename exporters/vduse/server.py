@@ -88,6 +88,7 @@ class DeviceServer:
         self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
         self._status = 0
         self._started = False
+        self._attends = True
         self._stopped = False
         self._taken_over = threading.Event()
         self.negotiated = 0
@@ -101,12 +102,19 @@ class DeviceServer:
 
     # ------------------------------------------------------------------------------------------- other threads
 
-    def start(self, *, adopt: bool = False) -> None:
+    def start(self, *, adopt: bool = False, on_trial: bool = False) -> None:
         """Begin to answer. ``adopt``: the device was served before by somebody who died; take over its queues, completing
-        what nobody has completed."""
+        what nobody has completed. ``on_trial``: read no message before ``attend``; the kernel gives one that was read and
+        not answered to nobody else as long as the old server has the device open, too."""
         self._adopt = adopt
+        self._attends = not on_trial
         self._started = True
         self._thread.start()
+
+    def attend(self) -> None:
+        """After a start on trial: the device is ours."""
+        self._attends = True
+        os.eventfd_write(self._event_fd, 1)
 
     def wait_until_taken_over(self) -> None:
         """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong."""
@@ -154,13 +162,16 @@ class DeviceServer:
 
     def _run(self) -> None:
         poll = select.poll()
-        poll.register(self._device.fd, select.POLLIN)
+        attending = False
         poll.register(self._event_fd, select.POLLIN)
         poll.register(self._stop_fd, select.POLLIN)
         if self._adopt:
             self._adopt_queues()
             self._taken_over.set()
         while True:
+            if self._attends and not attending:
+                poll.register(self._device.fd, select.POLLIN)
+                attending = True
             if self._unserved:
                 self._start_queues()
             for fd, events in poll.poll(_RETRY_MS if self._unserved else None):

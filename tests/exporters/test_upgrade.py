@@ -8,6 +8,7 @@ import random
 import select
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from servers import MIB, SIZE, Machine, Server
+from vduse_blk.exporters.vhost_user.messages import Request
 
 from vduse_blk import control
 from vduse_blk.control import ControlError, Exit, Hangup
@@ -364,3 +366,58 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     with control.server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
+
+
+AT_RESTARTED = """
+import os, runpy, sys
+import vduse_blk.worker.serve as serve
+def reached(step):
+    if step == "restarted":
+        open(sys.argv[1], "w").close()
+        open(sys.argv[1]).read()
+        os.kill(os.getpid(), 9)
+serve.reached = reached
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""
+
+
+def test_a_server_on_trial_hears_no_front_end(serve: Serve, machine: Machine, tmp_path: Path) -> None:
+    """What a front-end says before the disk is the new server's is answered by the old one when the new one dies: nothing
+    of it is lost, not even half a message."""
+    server = serve()
+    frontend = FakeFrontend.connect(server.socket)
+    frontend.negotiate()
+    area = frontend.get_inflight(1, 64)
+    assert frontend.set_inflight(area) == 0
+    assert frontend.set_memory(machine.queue.region) == 0
+    frontend.start_queue(0, machine.queue)
+    count = frontend.ask_number(Request.GET_QUEUE_NUM)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    failures: list[ControlError] = []
+
+    def fail() -> None:
+        with pytest.raises(ControlError, match="signal 9") as failure:
+            upgrade(server, sys.executable, "-P", "-c", AT_RESTARTED, str(fifo))
+        failures.append(failure.value)
+
+    asking = threading.Thread(target=fail)
+    asking.start()
+    fifo.read_bytes()
+    assert machine.queue.write(0, b"x" * 4096) == OK  # it serves
+    message = struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0)
+    frontend.send_raw(message + message[:6])
+    assert not select.select([frontend.connection], [], [], 0.3)[0]
+    fifo.write_bytes(b"")
+    asking.join(30)
+    assert "served as before" in str(failures[0])
+    frontend.send_raw(message[6:])
+    for _ in range(2):
+        assert frontend.receive()[:2] == (Request.GET_QUEUE_NUM, struct.pack("=Q", count))
+    assert machine.queue.read(0, 4096) == (OK, b"x" * 4096)
+    upgrade(server)
+    assert frontend.ask_number(Request.GET_QUEUE_NUM) == count
+    frontend.close()
+    area.close()
+    detach(server)

@@ -208,6 +208,21 @@ def test_taking_over_without_memory(kernel: Kernel) -> None:
         assert kernel.flush(0) == OK
 
 
+def test_a_server_on_trial_reads_no_message(kernel: Kernel) -> None:
+    """It serves the queues; a message waits until the device is its own. The kernel gives none twice while the old server
+    has the device open."""
+    with Served(kernel, adopt=True, on_trial=True) as served:
+        served.server.wait_until_taken_over()
+        assert kernel.flush(0) == kernel.flush(1) == OK
+        request = ffi.new("struct vduse_dev_request *")
+        request.type = lib.VDUSE_UPDATE_IOTLB
+        kernel.end.send(bytes(ffi.buffer(request)))
+        assert not select.select([kernel.end], [], [], 0.2)[0]
+        assert kernel.read_message() is not None  # it is all there for another one
+        served.server.attend()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+
+
 def test_a_kick_that_went_to_the_dead_server_is_not_missed(kernel: Kernel) -> None:
     """The kernel keeps a dead server's kick descriptor until the next one sets its own. What the driver makes available
     after the successor's first look at the ring, and before that, is kicked there, and the driver will not kick again."""

@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -563,6 +564,7 @@ class Worker:
                     left = max(0.0, until - time.monotonic())
                     said = await asyncio.to_thread(new.expect, ["starting", "serving"], left)
                     started, step = True, said["step"]
+                await asyncio.to_thread(self._tell, new, {"step": "yours"})
             except BaseException as error:
                 started = await asyncio.to_thread(new.end) or started
                 await self._go_on(at_rest, started)
@@ -605,8 +607,12 @@ class Worker:
             exports.append(facts)
             fds += given.fds
         monitor = (self._monitor or os.getppid()) if self._spec.restart != "no" else None
+        self._tell(new, {"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+
+    @staticmethod
+    def _tell(new: Successor, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            new.line.send({"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+            new.line.send(message, fds)
         except OSError as error:
             raise ControlError(f"the new server is gone: {error.strerror}", Exit.FAILED) from error
 
@@ -714,6 +720,10 @@ class Worker:
         at = time.monotonic()
         with contextlib.suppress(OSError):
             line.send({"step": "serving", "at": at})
+        with contextlib.suppress(EOFError):
+            await asyncio.to_thread(line.receive)
+        for present in self._exports:
+            present.exporter.attend()
         reached("took-over")
         log.info("disk '%s' is taken over from a server that runs, version %s", self._spec.name, __version__)
         control.add_event(self._spec.name, event="upgraded", pid=os.getpid(), version=__version__)
