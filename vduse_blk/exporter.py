@@ -112,8 +112,8 @@ class Exporter(ABC):
         await self.stop()
 
     # A live upgrade. The old server: hold, is_quiet … hand_over, release; the new one: receive, resume, attend. If it fails
-    # before that, the old one resumes what it handed over. The exporters of different versions meet here: facts are only ever
-    # added to.
+    # before that, the old one resumes what it handed over. The exporters of different versions meet here: facts are only
+    # ever added to.
 
     def hold(self, on: bool) -> None:
         """Begin no request any more, until the export is let go (``on`` False); what is in flight goes on. Harmless if it is
@@ -137,7 +137,8 @@ class Exporter(ABC):
     async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
         """Serve what was handed over or received, from ``stack``, which is open. ``touched``: another server may have begun
         to serve it, and died. What was received is on trial until ``attend``: its requests are served, but nothing is read
-        of what its users say otherwise, which nobody could say again to the old server."""
+        of what its users say otherwise, which nobody could say again to the old server. It raises UserError if any queue is
+        not served; what was handed over is then served as well as it can be."""
         raise NotImplementedError
 
     def attend(self) -> None:

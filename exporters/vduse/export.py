@@ -250,6 +250,8 @@ class VduseExporter(Exporter):
         server = self._serve(self._device, self._inflight)
         server.start(adopt=True, on_trial=on_trial)
         await asyncio.to_thread(server.wait_until_taken_over)
+        if on_trial and server.broken is not None:
+            raise UserError(server.broken, exit_code=1)
         if self.info.size > kernel.disk_size(self._disk):
             server.resize(self._virtio.config()[:8])
 

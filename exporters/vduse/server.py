@@ -89,6 +89,7 @@ class DeviceServer:
         self._status = 0
         self._started = False
         self._attends = True
+        self._on_trial = False
         self._stopped = False
         self._taken_over = threading.Event()
         self.negotiated = 0
@@ -104,20 +105,23 @@ class DeviceServer:
 
     def start(self, *, adopt: bool = False, on_trial: bool = False) -> None:
         """Begin to answer. ``adopt``: the device was served before by somebody who died; take over its queues, completing
-        what nobody has completed. ``on_trial``: read no message before ``attend``; the kernel gives one that was read and
-        not answered to nobody else as long as the old server has the device open, too."""
+        what nobody has completed. ``on_trial``: serve a queue from the storage or not at all, and read no message before
+        ``attend``; the kernel gives one that was read and not answered to nobody else as long as the old server has the
+        device open, too."""
         self._adopt = adopt
         self._attends = not on_trial
+        self._on_trial = on_trial
         self._started = True
         self._thread.start()
 
     def attend(self) -> None:
         """After a start on trial: the device is ours."""
-        self._attends = True
+        self._on_trial, self._attends = False, True
         os.eventfd_write(self._event_fd, 1)
 
     def wait_until_taken_over(self) -> None:
-        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong."""
+        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong, on
+        trial of any queue that is not served."""
         self._taken_over.wait()
 
     def stop(self) -> None:
@@ -172,7 +176,7 @@ class DeviceServer:
             if self._attends and not attending:
                 poll.register(self._device.fd, select.POLLIN)
                 attending = True
-            if self._unserved:
+            if self._unserved and not self._on_trial:
                 self._start_queues()
             for fd, events in poll.poll(_RETRY_MS if self._unserved else None):
                 try:
@@ -274,6 +278,8 @@ class DeviceServer:
             try:
                 self._start_queue(index)
             except (OSError, VduseError) as error:
+                if self._on_trial:
+                    raise
                 self._report(index, f"queue {index} cannot be served yet: {error}")
             else:
                 self._unserved.discard(index)
@@ -290,6 +296,8 @@ class DeviceServer:
         try:
             queue.start(setup, self._iova)
         except Exception as error:
+            if self._on_trial:
+                raise
             self._fail(f"queue {index} cannot serve the storage ({error}); its requests fail")
             queue = self._make_queue(index, True)
             queue.start(setup, self._iova)
@@ -366,7 +374,7 @@ class DeviceServer:
                 self._interrupt_all()
         except Exception as error:
             log.exception("%s: bug while taking over", self._device.name)
-            self._fail(f"the queues of a dead server cannot be taken over: {error}")
+            self._fail(f"the queues of another server cannot be taken over: {error}")
 
     def _interrupt_all(self) -> None:
         """Used entries may have been published before the device could interrupt: one more interrupt costs nothing."""

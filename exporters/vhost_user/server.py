@@ -125,7 +125,8 @@ class FrontendServer:
 
     def resume(self, factory: QueueFactory, *, touched: bool) -> None:
         """Serve what rests, or was received; of the latter only the queues, until ``attend``: what was read of the front-end
-        is lost to the old server. ``touched``: another server may have begun to, and died."""
+        is lost to the old server. ``touched``: another server may have begun to, and died. Raises UserError if a queue of
+        what was received is not served from the storage."""
         self._factory, self._resting = factory, False
         if self._kept is not None:
             if touched and not self._kept.session.has_inflight:
@@ -133,7 +134,10 @@ class FrontendServer:
                 self._leave(self._kept)
                 self._kept = None
             else:
-                self._kept.session.resume(factory)
+                try:
+                    self._kept.session.resume(factory, strict=self._received)
+                except OSError as error:
+                    raise UserError(f"a queue cannot serve the storage: {error}", exit_code=1) from error
         if not self._received:
             self.attend()
 

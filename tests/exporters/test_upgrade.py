@@ -382,6 +382,42 @@ runpy.run_module("vduse_blk.worker", run_name="__main__")
 """A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""
 
 
+WITHOUT_THREADS = """
+import errno, runpy
+from vduse_blk.queue.native import NativeQueue, lib
+start = NativeQueue.start
+def refuse(self, setup, iova):
+    if setup.index == 1 and self._target.kind != lib.VB_TARGET_NONE:
+        raise OSError(errno.EAGAIN, "no thread")
+    start(self, setup, iova)
+NativeQueue.start = refuse
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that gets no thread for its second queue."""
+
+
+def test_a_server_that_cannot_serve_every_queue_gets_none(serve: Serve) -> None:
+    """The old one serves on, and the sentence says why; no request fails."""
+    server = serve(queues=2)
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    pid = server.process.pid
+    with pytest.raises(ControlError, match=r"cannot serve the storage.*no thread.*served as before"):
+        upgrade(server, sys.executable, "-P", "-c", WITHOUT_THREADS)
+    assert owner(server) == pid
+    assert frontend.gone()  # it has no log, and queue 0 was begun
+    frontend.close()
+    machine.close()
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    for queue in machine.queues:
+        assert queue.write(0, bytes(4096)) == OK
+    upgrade(server)
+    frontend.close()
+    machine.close()
+    detach(server)
+
+
 def test_a_server_on_trial_hears_no_front_end(serve: Serve, machine: Machine, tmp_path: Path) -> None:
     """What a front-end says before the disk is the new server's is answered by the old one when the new one dies: nothing
     of it is lost, not even half a message."""

@@ -25,6 +25,7 @@ from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.native import NullTarget
 from vduse_blk.queue import DiskRules, NativeQueue
+from vduse_blk.queue.native import lib as core
 from vduse_blk.testing.driver import FLUSH, IN, IOERR, OK, Buffer, FakeDriver
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
@@ -221,6 +222,28 @@ def test_a_server_on_trial_reads_no_message(kernel: Kernel) -> None:
         assert kernel.read_message() is not None  # it is all there for another one
         served.server.attend()
         assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+
+
+@pytest.mark.parametrize("what", ["memory", "threads"])
+def test_a_server_on_trial_serves_every_queue_or_says_so(
+    kernel: Kernel, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not try again and fails no request: the old server can do better."""
+    start = NativeQueue.start
+
+    def refuse(queue: NativeQueue, setup: Any, iova: Any) -> None:
+        if what == "threads" and setup.index == 1 and queue._target.kind == core.VB_TARGET_NULL:
+            raise OSError(errno.EAGAIN, "no thread")
+        start(queue, setup, iova)
+
+    monkeypatch.setattr(NativeQueue, "start", refuse)
+    if what == "memory":
+        kernel.refuse = no_descriptors(1)
+    with Served(kernel, adopt=True, on_trial=True) as served:
+        served.server.wait_until_taken_over()
+        assert served.server.broken is not None
+        assert ("no thread" if what == "threads" else "Too many open files") in served.server.broken
+        assert served.ready() == [True, False]
 
 
 def test_a_kick_that_went_to_the_dead_server_is_not_missed(kernel: Kernel) -> None:
