@@ -308,7 +308,7 @@ class VduseExporter(Exporter):
             # Opening waits for storage that this loop may have to serve.
             if disk is not None and await asyncio.to_thread(kernel.is_usable, disk, self.stack.info.size):
                 return disk
-            problem = server.refusal or server.broken
+            problem = server.refusal or server.broken or server.trouble
             if problem is None and time.monotonic() > deadline:
                 problem = kernel.why_no_disk(self.name) if disk is None else f"/dev/{disk} cannot be used"
             if problem is not None:

@@ -98,6 +98,8 @@ class DeviceServer:
         """Why FEATURES_OK was refused last."""
         self.broken: str | None = None
         """Why the kernel or a queue gave up, or None."""
+        self.trouble: str | None = None
+        """Why a queue is not served yet, or None. It is tried again."""
         self.replayed = 0
         """Requests of a dead server that were done again, or failed, by ``start(adopt=True)``."""
 
@@ -280,9 +282,15 @@ class DeviceServer:
             except (OSError, VduseError) as error:
                 if self._on_trial:
                     raise
-                self._report(index, f"queue {index} cannot be served yet: {error}")
+                sentence = f"queue {index} cannot be served yet: {error}"
+                if self.trouble is None:
+                    log.error("%s: %s", self._device.name, sentence)
+                self.trouble = sentence
             else:
                 self._unserved.discard(index)
+        if not self._unserved and self.trouble is not None:
+            log.info("%s: all queues are served", self._device.name)
+            self.trouble = None
 
     def _start_queue(self, index: int) -> None:
         setup = self._setups[index]
@@ -311,6 +319,8 @@ class DeviceServer:
             raise
         # ... or went to a dead server's descriptor, which the kernel kept until now: look at the ring once more.
         os.eventfd_write(self._kicks[index], 1)
+        # A dead server may have published and died before it could say so.
+        self._interrupt(index)
         self._settle_interrupts(index)
 
     def _settle_interrupts(self, index: int) -> None:
@@ -347,6 +357,7 @@ class DeviceServer:
 
     def _reset(self) -> None:
         self._unserved.clear()
+        self.trouble = None
         self._setups.clear()
         try:
             for index in list(self._queues):
@@ -371,7 +382,6 @@ class DeviceServer:
                 if self._setups:
                     self._status = int(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
                 self._start_queues()
-                self._interrupt_all()
         except Exception as error:
             log.exception("%s: bug while taking over", self._device.name)
             self._fail(f"the queues of another server cannot be taken over: {error}")
@@ -379,10 +389,13 @@ class DeviceServer:
     def _interrupt_all(self) -> None:
         """Used entries may have been published before the device could interrupt: one more interrupt costs nothing."""
         for index in self._queues:
-            try:
-                self._device.inject_irq(index)
-            except VduseError as error:
-                log.debug("%s: %s", self._device.name, error)
+            self._interrupt(index)
+
+    def _interrupt(self, index: int) -> None:
+        try:
+            self._device.inject_irq(index)
+        except VduseError as error:
+            log.debug("%s: %s", self._device.name, error)  # before DRIVER_OK: see _answer
 
     # --- memory ---
 
@@ -457,5 +470,5 @@ class DeviceServer:
             "queues": queues,
             "features_offered": feature_names(self._virtio.offered),
             "features_negotiated": feature_names(self.negotiated),
-            "broken": self.broken,
+            "broken": self.broken or self.trouble,
         }
