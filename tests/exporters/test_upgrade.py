@@ -286,8 +286,8 @@ def test_a_new_server_that_dies_when_the_disk_is_its_own(tmp_path: Path, machine
     server = Server(tmp_path)
     frontend = machine.boot(server)
     assert machine.queue.write(0, b"x" * 4096) == OK
-    said = upgrade(server, environment=f"{KILL_ENV}=took-over")
-    assert said["pid"] != server.process.pid
+    with pytest.raises(ControlError, match=r"process \d+'s now.*ended by signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=took-over")
     assert server.process.wait(10) == Exit.OK
     assert frontend.gone()
     frontend.close()
@@ -366,6 +366,38 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     with control.server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
+
+
+def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
+    """A new server whose socket cannot be made is refused while the old one can go on; one whose socket cannot be put into
+    its place serves the disk without, says so, and ends by a signal."""
+    server = serve()
+    frontend = machine.boot(server)
+    load = Load(machine)
+    run = server.folder / "run" / "d"
+    for name in ("control.new", "control.next"):
+        (run / name).mkdir()
+    with pytest.raises(ControlError, match=r"directory.*served as before"):
+        upgrade(server)
+    check_goes_on(server, load, server.process.pid)
+    for name in ("control.new", "control.next"):
+        (run / name).rmdir()
+    with control.Client("d") as client:
+        (run / "control.sock").unlink()
+        (run / "control.sock").mkdir()
+        with pytest.raises(ControlError, match=r"process \d+'s now.*no control socket"):
+            client.call("upgrade", command=COMMAND, patience=20)
+    assert server.process.wait(10) == Exit.OK
+    load.wait()
+    load.end()
+    frontend.close()
+    (run / "control.sock").rmdir()
+    pid = control.read_state("d")["pid"]
+    with control.server_process(pid) as end:
+        os.kill(pid, signal.SIGTERM)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert not run.exists()
 
 
 AT_RESTARTED = """

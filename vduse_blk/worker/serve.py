@@ -574,15 +574,20 @@ class Worker:
             self._replaced = True
             reached("replaced")
             notify_systemd(f"MAINPID={new.process.pid}")
+            unsettled = None
             try:
                 await asyncio.to_thread(new.expect, ["settled"], _TAKING_OVER)
             except ControlError as error:
                 log.error("%s", error)
+                unsettled = error
             for export in self._exports:
                 await export.exporter.release()
             self._exports.clear()
             self._finished.set()
             log.info("disk '%s' is served by process %d", name, new.process.pid)
+            if unsettled is not None:
+                sentence = f"disk '{name}' is process {new.process.pid}'s now, which cannot be asked: {unsettled}"
+                raise ControlError(sentence, unsettled.exit_code) from unsettled
             return {"pid": new.process.pid, "version": version, "pause": said["at"] - began}
 
     async def _drain(self) -> None:
@@ -646,6 +651,7 @@ class Worker:
         self._spec = replace(self._spec, upgrade_fd=None)
         async with self._changing:
             try:
+                listening = await self._bind(self._socket_for_later())
                 await self._succeed(wanted, line)
             except BaseException as error:
                 is_bug = not isinstance(error, UserError)
@@ -659,10 +665,17 @@ class Worker:
             try:
                 undo = AsyncExitStack()
                 undo.push_async_callback(self._close_storage)
-                await self._listen(undo)
+                undo.callback(listening.close)
+                message: dict[str, Any] = {"step": "settled"}
+                try:
+                    os.replace(self._socket_for_later(), control.DiskPaths.of(self._spec.name).socket)
+                except OSError as error:  # the disk is served all the same, and ends by a signal
+                    why = f"it has no control socket: {error.strerror}"
+                    log.error("disk '%s': %s", self._spec.name, why)
+                    message = {"error": why}
                 self._note_state()
                 with contextlib.suppress(OSError):
-                    line.send({"step": "settled"})
+                    line.send(message)
                 line.close()
                 places = ", ".join(export.endpoint.path for export in self._exports)
                 notify_systemd(f"READY=1\nSTATUS=serving {places}")
@@ -733,11 +746,23 @@ class Worker:
     async def _listen(self, undo: AsyncExitStack) -> None:
         path = control.DiskPaths.of(self._spec.name).socket
         new = path.with_name("control.new")  # no longer than the final name, which has been checked
-        new.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock
-        server = await asyncio.start_unix_server(self._converse, new, limit=control.MAX_MESSAGE)
-        os.chmod(new, 0o600)
+        server = await self._bind(new)
         os.replace(new, path)
         undo.callback(server.close)
+
+    def _socket_for_later(self) -> Path:
+        """Where a new server listens before the disk is its own: later there may be no room for it any more."""
+        return control.DiskPaths.of(self._spec.name).socket.with_name("control.next")
+
+    async def _bind(self, path: Path) -> asyncio.Server:
+        """Raises ControlError."""
+        try:
+            path.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock, or the only line to who does
+            server = await asyncio.start_unix_server(self._converse, path, limit=control.MAX_MESSAGE)
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise ControlError(f"no control socket can be made at {path}: {error.strerror}", Exit.FAILED) from error
+        return server
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
