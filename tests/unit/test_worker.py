@@ -411,6 +411,17 @@ class TestLeaving:
         server = start(**KEPT)
         server.until("serving")
 
+    def test_what_does_not_end_is_left_as_it_is(self, start: Start, run_dir: Path) -> None:
+        """To stop the queues would be to fail it, or to wait for ever: it is in the log for the next server."""
+        server = start(**KEPT, FAKE_USED="1", FAKE_HANGS="1", prepare=heeding(signal.SIGTERM))
+        server.until("serving")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == Exit.LEFT
+        assert "left to the next server as it is: what is in flight has not ended within 5 seconds" in server.log
+        assert control.read_state("d")["phase"] == "left"
+        server = start(**KEPT)
+        server.until("serving")
+
     def test_but_not_one_that_ends_with_its_server(self, start: Start) -> None:
         """Memory is served on: ending would destroy what its users have."""
         server = start(source="fake:?size=1M", exports=["kept"], FAKE_USED="1", prepare=heeding(signal.SIGTERM))

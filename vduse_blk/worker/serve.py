@@ -53,7 +53,8 @@ _MARGIN = 10.0
 _TAKING_OVER = 10.0
 """Seconds a new server may take to serve the disk that the old one has handed over."""
 _DRAINING = 5.0
-"""Seconds that what is in flight may take to end before an upgrade; nothing new is begun meanwhile."""
+"""Seconds that what is in flight may take to end before an upgrade, and before a server leaves a disk that is used; nothing
+new is begun meanwhile."""
 _LOOK = 0.0005
 _REOPEN = 0.1
 _FENCE = 60.0
@@ -67,6 +68,10 @@ class _Export:
     text: str
     exporter: Exporter
     endpoint: Endpoint
+
+
+class _NotDrained(ControlError):
+    """Something in flight has not ended."""
 
 
 class Worker:
@@ -384,9 +389,13 @@ class Worker:
                 raise ControlError(f"{why}; nobody could take it over: {self._stack} ends with its server", why.exit_code)
             self._phase = "left"
             notify_systemd("STOPPING=1")
-            if self._is_waiting():
-                # To drain would be to fail what waits. It is marked in the in-flight log, and waits at the next server.
-                log.warning("%s: %s; requests wait for storage, and go on waiting at the next server", signal_name, why)
+            try:
+                if isinstance(why, _NotDrained):
+                    raise why
+                await self._drain()
+            except ControlError as error:
+                # To stop the queues would be to fail it. It is marked in the in-flight log, and done by the next server.
+                log.warning("%s: %s; left to the next server as it is: %s", signal_name, why, error)
                 self._note_state()
                 logging.shutdown()
                 os._exit(Exit.LEFT)
@@ -421,6 +430,8 @@ class Worker:
                     raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claims: list[int] = []
+            stack = self._stack
+            assert stack is not None
             try:
                 if not force:
                     for export in self._exports:
@@ -428,6 +439,8 @@ class Worker:
                             claims += await self._claim(export.endpoint.path)
                         elif not signalled or self._is_waiting():
                             self._check_unused(export)
+                        elif export.exporter.users() and stack.fence is Fence.OPEN:
+                            await self._drain_for_good()
                 await self._stop_exports()
             finally:
                 for claim in claims:
@@ -442,6 +455,16 @@ class Worker:
                 raise self._loss from error
             finally:
                 self._finished.set()
+
+    async def _drain_for_good(self) -> None:
+        """Before the end, for users that wait for the next server. Raises _NotDrained with the disk served on."""
+        try:
+            await self._drain()
+        except ControlError as error:
+            for export in self._exports:
+                if export.exporter.hands_over:
+                    export.exporter.hold(False)
+            raise _NotDrained(str(error), Exit.BUSY) from error
 
     async def _stop_exports(self) -> None:
         before = self._phase
@@ -593,13 +616,14 @@ class Worker:
     async def _drain(self) -> None:
         """Begin nothing new, and wait until nothing is in flight. Raises ControlError."""
         deadline = time.monotonic() + _DRAINING
+        exporters = [export.exporter for export in self._exports if export.exporter.hands_over]
         while True:
-            for export in self._exports:
-                export.exporter.hold(True)  # again and again: drivers start queues meanwhile
-            if all(export.exporter.is_quiet() for export in self._exports):
+            for exporter in exporters:
+                exporter.hold(True)  # again and again: drivers start queues meanwhile
+            if all(exporter.is_quiet() for exporter in exporters):
                 return
             if self._is_waiting():
-                raise ControlError("requests wait for storage; they would fail", Exit.BUSY)
+                raise ControlError("requests wait for storage, and would fail", Exit.BUSY)
             if time.monotonic() > deadline:
                 raise ControlError(f"what is in flight has not ended within {_DRAINING:g} seconds", Exit.TIMEOUT)
             await asyncio.sleep(_LOOK)
