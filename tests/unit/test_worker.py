@@ -502,6 +502,31 @@ class TestMonitor:
         os.close(lock)
 
 
+    def test_a_disk_that_is_removed_while_its_server_starts_stays_removed(self, start: Start, run_dir: Path) -> None:
+        """Between the monitor's last look and the new server's lock: the directory is not made again."""
+        code = """
+import sys
+from vduse_blk import control
+from vduse_blk.worker import monitor
+class Late(monitor.Monitor):
+    starts = 0
+    def _start(self, *how):
+        self.starts += 1
+        if self.starts == 2:
+            (control.run_root() / "kept").unlink()
+            control.remove_directory("d")
+        return super()._start(*how)
+monitor.Monitor = Late
+sys.exit(monitor.main())
+"""
+        control.make_directory("d")
+        monitor = start(command=("-c", code), restart="on-failure", **KEPT)
+        os.kill(serving_pid(monitor), signal.SIGKILL)
+        assert monitor.process.wait(30) == Exit.OK
+        assert list(run_dir.iterdir()) == []
+        assert "disk 'd' was removed meanwhile" in monitor.log
+
+
 class TestRunDirectory:
     def test_full_at_run_time_it_is_survived(self, start: Start, run_dir: Path) -> None:
         """What cannot be noted is logged, and the disk is served and removed all the same."""

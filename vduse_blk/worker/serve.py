@@ -111,7 +111,8 @@ class Worker:
         wanted = parse_exports(self._spec.exports)
         if self._spec.upgrade_fd is not None:
             return await self._run_as_successor(wanted, Line(socket.socket(fileno=self._spec.upgrade_fd)))
-        self._lock = control.lock_directory(self._spec.name)
+        if not self._lock_directory():
+            return Exit.OK
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
@@ -128,6 +129,21 @@ class Worker:
                 return await self._run_to_the_end()
         finally:
             self._leave_directory()
+
+    def _lock_directory(self) -> bool:
+        """False: the disk that was to be served again has been removed. Raises ControlError."""
+        opened, self._spec = self._spec.directory_fd, replace(self._spec, directory_fd=None)
+        try:
+            self._lock = control.lock_directory(self._spec.name, opened_fd=opened)
+        except ControlError as error:
+            if opened is None or error.exit_code != Exit.NOT_FOUND:
+                raise
+            log.info("%s", error)
+            return False
+        finally:
+            if opened is not None:
+                os.close(opened)
+        return True
 
     async def _run_to_the_end(self) -> Exit:
         await self._finished.wait()
