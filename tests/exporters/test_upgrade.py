@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import select
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -398,6 +400,90 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
         assert end is not None
         assert select.select([end], [], [], 10)[0]
     assert not run.exists()
+
+
+STOPPED = """
+import os, runpy, signal, sys
+import vduse_blk.worker.serve as serve
+def reached(step):
+    if step == "received":
+        os.kill(os.getpid(), signal.SIGSTOP)
+serve.reached = reached
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that hangs when it has got everything but opened nothing."""
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -> None:
+    """A new server that hangs with all that was handed over goes with the old one; nothing of the disk is left."""
+    server = serve()
+    frontend = machine.boot(server)
+
+    def ask() -> None:
+        with pytest.raises(ControlError):
+            upgrade(server, sys.executable, "-P", "-c", STOPPED)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 20
+    while (pid := control.read_state("d").get("successor")) is None or state_of(pid) != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with control.server_process(pid) as end:
+        assert end is not None
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d", "--force"]
+        made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        try:
+            assert made.returncode == 0, made.stderr
+            assert select.select([end], [], [], 5)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+    asking.join(30)
+    assert server.process.wait(10) == -9
+    assert not (server.folder / "run" / "d").exists()
+    assert not server.socket.exists()
+    assert frontend.gone()
+    frontend.close()
+
+
+def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machine: Machine, tmp_path: Path) -> None:
+    """A signal ends the new server; a `detach` that came to the old one is refused, not said to be done."""
+    server = serve()
+    frontend = machine.boot(server)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    said: list[dict[str, Any]] = []
+    waiting = AT_RESTARTED.replace("os.kill(os.getpid(), 9)", "pass")
+    asking = threading.Thread(target=lambda: said.append(upgrade(server, sys.executable, "-P", "-c", waiting, str(fifo))))
+    asking.start()
+    fifo.read_bytes()
+    detaching = socket.socket(socket.AF_UNIX)
+    detaching.settimeout(30)
+    detaching.connect(str(server.folder / "run" / "d" / "control.sock"))
+    detaching.sendall(b'{"op": "detach", "force": true}\n')
+    assert server.call("ping")["phase"] == "serving"  # it has read what came before
+    server.process.send_signal(signal.SIGTERM)
+    assert server.call("ping")["phase"] == "serving"
+    pid = control.read_state("d")["successor"]
+    with control.server_process(pid) as end:
+        fifo.write_bytes(b"")
+        asking.join(30)
+        assert said[0]["pid"] == pid
+        assert server.process.wait(10) == Exit.OK
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert frontend.gone()
+    frontend.close()
+    with detaching, detaching.makefile() as replies:
+        reply = json.loads(replies.readline())
+    assert reply["code"] == Exit.BUSY
+    assert f"process {pid}'s now" in reply["error"]
+    assert not (server.folder / "run" / "d").exists()
 
 
 AT_RESTARTED = """

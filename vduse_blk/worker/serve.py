@@ -363,11 +363,10 @@ class Worker:
     # ----------------------------------------------------------------------------------------------------- end
 
     def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
         if self._start is not None:
-            self._give_up(f"interrupted by {name}")
+            self._give_up(f"interrupted by {signal.Signals(number).name}")
         else:
-            self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(name))
+            self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(number))
 
     def _on_hangup(self) -> None:
         """Read the administrator's settings of the disk. Nothing of them is taken if one is wrong."""
@@ -381,11 +380,16 @@ class Worker:
         except (UserError, OSError) as error:
             log.error("SIGHUP: the settings of disk '%s' are as before: %s", name, error)
 
-    async def _detach_on_signal(self, name: str) -> None:
+    async def _detach_on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
         try:
             try:
                 await self._detach(force=False, signalled=True)
             except ControlError as error:
+                if self._replaced and self._successor is not None:
+                    log.info("%s: passed on to process %d, which serves the disk now", name, self._successor)
+                    os.kill(self._successor, number)
+                    return
                 if error.exit_code != Exit.BUSY or not self._exports or self._finished.is_set():
                     raise
                 await self._leave(name, error)
@@ -437,6 +441,8 @@ class Worker:
         ``signalled``: whoever manages this process wants it to end; a front-end waits for the next server.
         """
         async with self._changing:
+            if self._replaced:
+                raise ControlError(f"disk '{self._spec.name}' is process {self._successor}'s now; try again", Exit.BUSY)
             if self._finished.is_set():
                 return
             if self._start is not None or not self._exports:
