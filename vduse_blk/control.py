@@ -251,24 +251,27 @@ def _check_owned(directory: Path, forbidden: int) -> None:
         )
 
 
-def lock_directory(name: str, *, patience: float = 1.0) -> int:
+def lock_directory(name: str, *, opened_fd: int | None = None, patience: float = 1.0) -> int:
     """Take the lock that means "this process serves the disk"; return its descriptor, which the caller keeps
     open.
 
-    Makes the directory if needed. ``is_locked`` holds the lock for an instant and another program may be
+    Makes the directory if needed; with ``opened_fd`` (of ``open_directory``; it stays open) raises ``ControlError`` (exit 3)
+    if it is not that very one any more. ``is_locked`` holds the lock for an instant and another program may be
     removing the directory, so a refusal is final only after ``patience`` seconds. Raises ``Served``
     (exit 4) if another process serves the disk. The descriptor is close-on-exec.
     """
     deadline = time.monotonic() + patience
     while True:
-        paths = make_directory(name)
+        if opened_fd is not None and not is_directory(name, opened_fd):
+            raise _removed(name)
+        paths = DiskPaths.of(name) if opened_fd is not None else make_directory(name)
         fd = _open_directory(paths)
         if fd is None:
             continue
         if not _flock(fd, deadline):
             os.close(fd)
             raise Served(f"disk '{name}' is already served by another process", Exit.BUSY)
-        if _leads_to(paths.directory, fd):
+        if _leads_to(paths.directory, fd) and (opened_fd is None or is_directory(name, opened_fd)):
             return fd
         os.close(fd)  # removed (and perhaps made again) between open and flock
 
@@ -359,8 +362,12 @@ def open_directory(name: str) -> int:
     """A close-on-exec descriptor of the disk's directory, to know that very directory by."""
     fd = _open_directory(DiskPaths.of(name))
     if fd is None:
-        raise ControlError(f"disk '{name}' was removed meanwhile", Exit.NOT_FOUND)
+        raise _removed(name)
     return fd
+
+
+def _removed(name: str) -> ControlError:
+    return ControlError(f"disk '{name}' was removed meanwhile", Exit.NOT_FOUND)
 
 
 def is_directory(name: str, opened_fd: int) -> bool:
@@ -524,6 +531,8 @@ class WorkerSpec:
     """``on-failure``: a monitor starts a server that dies again."""
     upgrade_fd: int | None = None
     """Inherited socket on which the server that serves the disk hands it over (``vduse_blk.worker.handover``)."""
+    directory_fd: int | None = None
+    """Inherited descriptor of the disk's directory, without which there is nothing to serve any more; None: it is made."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -604,6 +613,7 @@ _SPEC_TYPES: Final[Mapping[str, tuple[type, bool]]] = {  # key → (type, may be
     "filters": (tuple, False),
     "restart": (str, False),
     "upgrade_fd": (int, True),
+    "directory_fd": (int, True),
 }
 
 

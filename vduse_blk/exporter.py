@@ -116,8 +116,9 @@ class Exporter(ABC):
         """End with nothing in flight, and leave the disk for the next server, which its users wait for."""
         await self.stop()
 
-    # A live upgrade. The old server: hold, is_quiet … hand_over, release; the new one: receive, resume. If the new one fails
-    # the old one resumes what it handed over. The exporters of different versions meet here: facts are only ever added to.
+    # A live upgrade. The old server: hold, is_quiet … hand_over, release; the new one: receive, resume, attend. If it fails
+    # before that, the old one resumes what it handed over. The exporters of different versions meet here: facts are only
+    # ever added to.
 
     def hold(self, on: bool) -> None:
         """Begin no request any more, until the export is let go (``on`` False); what is in flight goes on. Harmless if it is
@@ -140,7 +141,13 @@ class Exporter(ABC):
 
     async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
         """Serve what was handed over or received, from ``stack``, which is open. ``touched``: another server may have begun
-        to serve it, and died."""
+        to serve it, and died. What was received is on trial until ``attend``: its requests are served, but nothing is read
+        of what its users say otherwise, which nobody could say again to the old server. It raises UserError if any queue is
+        not served; what was handed over is then served as well as it can be."""
+        raise NotImplementedError
+
+    def attend(self) -> None:
+        """After ``resume`` of what was received: it is this server's for good."""
         raise NotImplementedError
 
     async def release(self) -> None:

@@ -23,7 +23,7 @@ from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
 
 _FILE: Final = "disk.json"
 _VERSION: Final = 1
-_PER_SERVER: Final = ("ready_fd", "timeout", "restart", "upgrade_fd")
+_PER_SERVER: Final = ("ready_fd", "timeout", "restart", "upgrade_fd", "directory_fd")
 """Keys of a specification that are about one start of one server."""
 
 

@@ -68,6 +68,7 @@ class VduseExporter(Exporter):
         self._there = AsyncExitStack()  # what the kernel keeps without us
         self._disk: str | None = None
         self._leaving = False
+        self._received = False
         self._server: DeviceServer | None = None
         self._device: Device | None = None
         self._inflight: InflightLog | None = None
@@ -160,13 +161,19 @@ class VduseExporter(Exporter):
         device = Device.from_fd(self._left_device(), handed.fds[handed.facts["node_fd"]])
         self._here.callback(self._after, device.close, "closed")
         self._prepare(device)
+        self._received = True
 
     async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
         if stack is not self.stack:
             self.stack = stack
             self._factory = self._make_factory()
-        await self._go_on()
+        received, self._received = self._received, False
+        await self._go_on(on_trial=received)
         return Endpoint("block", f"/dev/{self._disk}")
+
+    def attend(self) -> None:
+        assert self._server is not None
+        self._server.attend()
 
     async def release(self) -> None:
         await self._here.aclose()
@@ -253,13 +260,15 @@ class VduseExporter(Exporter):
     def _vanished(self) -> UserError:
         return UserError(f"disk '{self.name}' vanished while it was taken over", exit_code=1)
 
-    async def _go_on(self) -> None:
+    async def _go_on(self, *, on_trial: bool = False) -> None:
         """Serve a device that another server, or this one before, has served."""
         assert self._device is not None
         assert self._disk is not None
         server = self._serve(self._device, self._inflight)
-        server.start(adopt=True)
+        server.start(adopt=True, on_trial=on_trial)
         await asyncio.to_thread(server.wait_until_taken_over)
+        if on_trial and server.broken is not None:
+            raise UserError(server.broken, exit_code=1)
         if self.info.size > kernel.disk_size(self._disk):
             server.resize(self._virtio.config()[:8])
 
@@ -316,7 +325,7 @@ class VduseExporter(Exporter):
             # Opening waits for storage that this loop may have to serve.
             if disk is not None and await asyncio.to_thread(kernel.is_usable, disk, self.stack.info.size):
                 return disk
-            problem = server.refusal or server.broken
+            problem = server.refusal or server.broken or server.trouble
             if problem is None and time.monotonic() > deadline:
                 problem = kernel.why_no_disk(device) if disk is None else f"/dev/{disk} cannot be used"
             if problem is not None:

@@ -88,6 +88,8 @@ class DeviceServer:
         self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
         self._status = 0
         self._started = False
+        self._attends = True
+        self._on_trial = False
         self._stopped = False
         self._taken_over = threading.Event()
         self.negotiated = 0
@@ -96,20 +98,32 @@ class DeviceServer:
         """Why FEATURES_OK was refused last."""
         self.broken: str | None = None
         """Why the kernel or a queue gave up, or None."""
+        self.trouble: str | None = None
+        """Why a queue is not served yet, or None. It is tried again."""
         self.replayed = 0
         """Requests of a dead server that were done again, or failed, by ``start(adopt=True)``."""
 
     # ------------------------------------------------------------------------------------------- other threads
 
-    def start(self, *, adopt: bool = False) -> None:
+    def start(self, *, adopt: bool = False, on_trial: bool = False) -> None:
         """Begin to answer. ``adopt``: the device was served before by somebody who died; take over its queues, completing
-        what nobody has completed."""
+        what nobody has completed. ``on_trial``: serve a queue from the storage or not at all, and read no message before
+        ``attend``; the kernel gives one that was read and not answered to nobody else as long as the old server has the
+        device open, too."""
         self._adopt = adopt
+        self._attends = not on_trial
+        self._on_trial = on_trial
         self._started = True
         self._thread.start()
 
+    def attend(self) -> None:
+        """After a start on trial: the device is ours."""
+        self._on_trial, self._attends = False, True
+        os.eventfd_write(self._event_fd, 1)
+
     def wait_until_taken_over(self) -> None:
-        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong."""
+        """After ``start(adopt=True)``: returns once every queue is served or tried again; ``broken`` says what is wrong, on
+        trial of any queue that is not served."""
         self._taken_over.wait()
 
     def stop(self) -> None:
@@ -154,14 +168,17 @@ class DeviceServer:
 
     def _run(self) -> None:
         poll = select.poll()
-        poll.register(self._device.fd, select.POLLIN)
+        attending = False
         poll.register(self._event_fd, select.POLLIN)
         poll.register(self._stop_fd, select.POLLIN)
         if self._adopt:
             self._adopt_queues()
             self._taken_over.set()
         while True:
-            if self._unserved:
+            if self._attends and not attending:
+                poll.register(self._device.fd, select.POLLIN)
+                attending = True
+            if self._unserved and not self._on_trial:
                 self._start_queues()
             for fd, events in poll.poll(_RETRY_MS if self._unserved else None):
                 try:
@@ -263,9 +280,17 @@ class DeviceServer:
             try:
                 self._start_queue(index)
             except (OSError, VduseError) as error:
-                self._report(index, f"queue {index} cannot be served yet: {error}")
+                if self._on_trial:
+                    raise
+                sentence = f"queue {index} cannot be served yet: {error}"
+                if self.trouble is None:
+                    log.error("%s: %s", self._device.name, sentence)
+                self.trouble = sentence
             else:
                 self._unserved.discard(index)
+        if not self._unserved and self.trouble is not None:
+            log.info("%s: all queues are served", self._device.name)
+            self.trouble = None
 
     def _start_queue(self, index: int) -> None:
         setup = self._setups[index]
@@ -279,6 +304,8 @@ class DeviceServer:
         try:
             queue.start(setup, self._iova)
         except Exception as error:
+            if self._on_trial:
+                raise
             self._fail(f"queue {index} cannot serve the storage ({error}); its requests fail")
             queue = self._make_queue(index, True)
             queue.start(setup, self._iova)
@@ -292,6 +319,8 @@ class DeviceServer:
             raise
         # ... or went to a dead server's descriptor, which the kernel kept until now: look at the ring once more.
         os.eventfd_write(self._kicks[index], 1)
+        # A dead server may have published and died before it could say so.
+        self._interrupt(index)
         self._settle_interrupts(index)
 
     def _settle_interrupts(self, index: int) -> None:
@@ -328,6 +357,7 @@ class DeviceServer:
 
     def _reset(self) -> None:
         self._unserved.clear()
+        self.trouble = None
         self._setups.clear()
         try:
             for index in list(self._queues):
@@ -352,18 +382,20 @@ class DeviceServer:
                 if self._setups:
                     self._status = int(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
                 self._start_queues()
-                self._interrupt_all()
         except Exception as error:
             log.exception("%s: bug while taking over", self._device.name)
-            self._fail(f"the queues of a dead server cannot be taken over: {error}")
+            self._fail(f"the queues of another server cannot be taken over: {error}")
 
     def _interrupt_all(self) -> None:
         """Used entries may have been published before the device could interrupt: one more interrupt costs nothing."""
         for index in self._queues:
-            try:
-                self._device.inject_irq(index)
-            except VduseError as error:
-                log.debug("%s: %s", self._device.name, error)
+            self._interrupt(index)
+
+    def _interrupt(self, index: int) -> None:
+        try:
+            self._device.inject_irq(index)
+        except VduseError as error:
+            log.debug("%s: %s", self._device.name, error)  # before DRIVER_OK: see _answer
 
     # --- memory ---
 
@@ -438,5 +470,5 @@ class DeviceServer:
             "queues": queues,
             "features_offered": feature_names(self._virtio.offered),
             "features_negotiated": feature_names(self.negotiated),
-            "broken": self.broken,
+            "broken": self.broken or self.trouble,
         }

@@ -129,6 +129,10 @@ class VhostUserExporter(Exporter):
         await asyncio.to_thread(self._server.resume, self._factory, touched=touched)
         return Endpoint("socket", self._own.path)
 
+    def attend(self) -> None:
+        assert self._server is not None
+        self._server.attend()
+
     async def release(self) -> None:
         self._listener_is_ours = False
         await self.stop()

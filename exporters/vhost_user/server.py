@@ -57,6 +57,7 @@ class FrontendServer:
         self._session: Session | None = None
         self._kept: _Conversation | None = None
         self._resting = False
+        self._received = False
         self.peer: int | None = None
         """Process id of the front-end that is connected. Any thread."""
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,6 +110,7 @@ class FrontendServer:
 
     def receive(self, handed: HandOver) -> None:
         """Before ``resume``: a session that another server has given. Raises UserError."""
+        self._received = True
         facts = handed.facts["session"]
         if facts is None:
             return
@@ -122,7 +124,9 @@ class FrontendServer:
             raise UserError(str(error), exit_code=1) from error
 
     def resume(self, factory: QueueFactory, *, touched: bool) -> None:
-        """Serve what rests, or was received. ``touched``: another server may have begun to, and died."""
+        """Serve what rests, or was received; of the latter only the queues, until ``attend``: what was read of the front-end
+        is lost to the old server. ``touched``: another server may have begun to, and died. Raises UserError if a queue of
+        what was received is not served from the storage."""
         self._factory, self._resting = factory, False
         if self._kept is not None:
             if touched and not self._kept.session.has_inflight:
@@ -130,7 +134,16 @@ class FrontendServer:
                 self._leave(self._kept)
                 self._kept = None
             else:
-                self._kept.session.resume(factory)
+                try:
+                    self._kept.session.resume(factory, strict=self._received)
+                except OSError as error:
+                    raise UserError(f"a queue cannot serve the storage: {error}", exit_code=1) from error
+        if not self._received:
+            self.attend()
+
+    def attend(self) -> None:
+        """The front-end, and whoever connects next, is ours."""
+        self._received = False
         self.start()
 
     def stop(self) -> None:

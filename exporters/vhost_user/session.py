@@ -124,6 +124,7 @@ class Session:
         self._backend: socket.socket | None = None
         self._inflight: InflightArea | None = None
         self._dirty: SharedArea | None = None
+        self._strict = False
         self._areas: dict[str, tuple[int, dict[str, int]]] = {}
         """Of ``_inflight`` and ``_dirty``: a descriptor, and what was said of them."""
 
@@ -350,6 +351,8 @@ class Session:
         try:
             queue.start(setup, self._iova)
         except OSError as error:
+            if self._strict:
+                raise
             self._log.error("queue %d cannot serve the storage (%s); its requests fail", vring.index, error)
             queue = self._factory.make(vring.index, True)
             queue.start(setup, self._iova)
@@ -579,11 +582,15 @@ class Session:
         for vring in self._vrings:
             self._stop(vring)
 
-    def resume(self, factory: QueueFactory) -> None:
-        """Serve again what is at rest. Any thread, before the owner's begins."""
-        self._factory = factory
-        self._set_cache_mode()
-        self._settle_all()
+    def resume(self, factory: QueueFactory, *, strict: bool = False) -> None:
+        """Serve again what is at rest. Any thread, before the owner's begins. ``strict``: raises OSError if a queue cannot
+        be served from the storage; otherwise its requests fail."""
+        self._factory, self._strict = factory, strict
+        try:
+            self._set_cache_mode()
+            self._settle_all()
+        finally:
+            self._strict = False
 
     @property
     def has_inflight(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import select
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +21,7 @@ from typing import Any
 
 import pytest
 from servers import MIB, SIZE, Machine, Server
+from vduse_blk.exporters.vhost_user.messages import Request
 
 from vduse_blk import control
 from vduse_blk.control import ControlError, Exit, Hangup
@@ -284,8 +288,8 @@ def test_a_new_server_that_dies_when_the_disk_is_its_own(tmp_path: Path, machine
     server = Server(tmp_path)
     frontend = machine.boot(server)
     assert machine.queue.write(0, b"x" * 4096) == OK
-    said = upgrade(server, environment=f"{KILL_ENV}=took-over")
-    assert said["pid"] != server.process.pid
+    with pytest.raises(ControlError, match=r"process \d+'s now.*ended by signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=took-over")
     assert server.process.wait(10) == Exit.OK
     assert frontend.gone()
     frontend.close()
@@ -364,3 +368,210 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     with control.server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
+
+
+def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
+    """A new server whose socket cannot be made is refused while the old one can go on; one whose socket cannot be put into
+    its place serves the disk without, says so, and ends by a signal."""
+    server = serve()
+    frontend = machine.boot(server)
+    load = Load(machine)
+    run = server.folder / "run" / "d"
+    for name in ("control.new", "control.next"):
+        (run / name).mkdir()
+    with pytest.raises(ControlError, match=r"directory.*served as before"):
+        upgrade(server)
+    check_goes_on(server, load, server.process.pid)
+    for name in ("control.new", "control.next"):
+        (run / name).rmdir()
+    with control.Client("d") as client:
+        (run / "control.sock").unlink()
+        (run / "control.sock").mkdir()
+        with pytest.raises(ControlError, match=r"process \d+'s now.*no control socket"):
+            client.call("upgrade", command=COMMAND, patience=20)
+    assert server.process.wait(10) == Exit.OK
+    load.wait()
+    load.end()
+    frontend.close()
+    (run / "control.sock").rmdir()
+    pid = control.read_state("d")["pid"]
+    with control.server_process(pid) as end:
+        os.kill(pid, signal.SIGTERM)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert not run.exists()
+
+
+STOPPED = """
+import os, runpy, signal, sys
+import vduse_blk.worker.serve as serve
+def reached(step):
+    if step == "received":
+        os.kill(os.getpid(), signal.SIGSTOP)
+serve.reached = reached
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that hangs when it has got everything but opened nothing."""
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -> None:
+    """A new server that hangs with all that was handed over goes with the old one; nothing of the disk is left."""
+    server = serve()
+    frontend = machine.boot(server)
+
+    def ask() -> None:
+        with pytest.raises(ControlError):
+            upgrade(server, sys.executable, "-P", "-c", STOPPED)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 20
+    while (pid := control.read_state("d").get("successor")) is None or state_of(pid) != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with control.server_process(pid) as end:
+        assert end is not None
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d", "--force"]
+        made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        try:
+            assert made.returncode == 0, made.stderr
+            assert select.select([end], [], [], 5)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+    asking.join(30)
+    assert server.process.wait(10) == -9
+    assert not (server.folder / "run" / "d").exists()
+    assert not server.socket.exists()
+    assert frontend.gone()
+    frontend.close()
+
+
+def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machine: Machine, tmp_path: Path) -> None:
+    """A signal ends the new server; a `detach` that came to the old one is refused, not said to be done."""
+    server = serve()
+    frontend = machine.boot(server)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    said: list[dict[str, Any]] = []
+    waiting = AT_RESTARTED.replace("os.kill(os.getpid(), 9)", "pass")
+    asking = threading.Thread(target=lambda: said.append(upgrade(server, sys.executable, "-P", "-c", waiting, str(fifo))))
+    asking.start()
+    fifo.read_bytes()
+    detaching = socket.socket(socket.AF_UNIX)
+    detaching.settimeout(30)
+    detaching.connect(str(server.folder / "run" / "d" / "control.sock"))
+    detaching.sendall(b'{"op": "detach", "force": true}\n')
+    assert server.call("ping")["phase"] == "serving"  # it has read what came before
+    server.process.send_signal(signal.SIGTERM)
+    assert server.call("ping")["phase"] == "serving"
+    pid = control.read_state("d")["successor"]
+    with control.server_process(pid) as end:
+        fifo.write_bytes(b"")
+        asking.join(30)
+        assert said[0]["pid"] == pid
+        assert server.process.wait(10) == Exit.OK
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert frontend.gone()
+    frontend.close()
+    with detaching, detaching.makefile() as replies:
+        reply = json.loads(replies.readline())
+    assert reply["code"] == Exit.BUSY
+    assert f"process {pid}'s now" in reply["error"]
+    assert not (server.folder / "run" / "d").exists()
+
+
+AT_RESTARTED = """
+import os, runpy, sys
+import vduse_blk.worker.serve as serve
+def reached(step):
+    if step == "restarted":
+        open(sys.argv[1], "w").close()
+        open(sys.argv[1]).read()
+        os.kill(os.getpid(), 9)
+serve.reached = reached
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""
+
+
+WITHOUT_THREADS = """
+import errno, runpy
+from vduse_blk.queue.native import NativeQueue, lib
+start = NativeQueue.start
+def refuse(self, setup, iova):
+    if setup.index == 1 and self._target.kind != lib.VB_TARGET_NONE:
+        raise OSError(errno.EAGAIN, "no thread")
+    start(self, setup, iova)
+NativeQueue.start = refuse
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that gets no thread for its second queue."""
+
+
+def test_a_server_that_cannot_serve_every_queue_gets_none(serve: Serve) -> None:
+    """The old one serves on, and the sentence says why; no request fails."""
+    server = serve(queues=2)
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    pid = server.process.pid
+    with pytest.raises(ControlError, match=r"cannot serve the storage.*no thread.*served as before"):
+        upgrade(server, sys.executable, "-P", "-c", WITHOUT_THREADS)
+    assert owner(server) == pid
+    assert frontend.gone()  # it has no log, and queue 0 was begun
+    frontend.close()
+    machine.close()
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+    for queue in machine.queues:
+        assert queue.write(0, bytes(4096)) == OK
+    upgrade(server)
+    frontend.close()
+    machine.close()
+    detach(server)
+
+
+def test_a_server_on_trial_hears_no_front_end(serve: Serve, machine: Machine, tmp_path: Path) -> None:
+    """What a front-end says before the disk is the new server's is answered by the old one when the new one dies: nothing
+    of it is lost, not even half a message."""
+    server = serve()
+    frontend = FakeFrontend.connect(server.socket)
+    frontend.negotiate()
+    area = frontend.get_inflight(1, 64)
+    assert frontend.set_inflight(area) == 0
+    assert frontend.set_memory(machine.queue.region) == 0
+    frontend.start_queue(0, machine.queue)
+    count = frontend.ask_number(Request.GET_QUEUE_NUM)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    failures: list[ControlError] = []
+
+    def fail() -> None:
+        with pytest.raises(ControlError, match="signal 9") as failure:
+            upgrade(server, sys.executable, "-P", "-c", AT_RESTARTED, str(fifo))
+        failures.append(failure.value)
+
+    asking = threading.Thread(target=fail)
+    asking.start()
+    fifo.read_bytes()
+    assert machine.queue.write(0, b"x" * 4096) == OK  # it serves
+    message = struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0)
+    frontend.send_raw(message + message[:6])
+    assert not select.select([frontend.connection], [], [], 0.3)[0]
+    fifo.write_bytes(b"")
+    asking.join(30)
+    assert "served as before" in str(failures[0])
+    frontend.send_raw(message[6:])
+    for _ in range(2):
+        assert frontend.receive()[:2] == (Request.GET_QUEUE_NUM, struct.pack("=Q", count))
+    assert machine.queue.read(0, 4096) == (OK, b"x" * 4096)
+    upgrade(server)
+    assert frontend.ask_number(Request.GET_QUEUE_NUM) == count
+    frontend.close()
+    area.close()
+    detach(server)

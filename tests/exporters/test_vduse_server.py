@@ -25,6 +25,7 @@ from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.native import NullTarget
 from vduse_blk.queue import DiskRules, NativeQueue
+from vduse_blk.queue.native import lib as core
 from vduse_blk.testing.driver import FLUSH, IN, IOERR, OK, Buffer, FakeDriver
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
@@ -46,7 +47,7 @@ class Kernel:
     kicks: dict[int, int] = field(default_factory=dict)
     affinity: dict[int, set[int]] = field(default_factory=dict)
     """What a driver with several queues sets at every attach; all CPUs of a kernel that knows of it, else nothing."""
-    interrupts: int = 0
+    interrupted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.end, self._device_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -82,7 +83,7 @@ class Kernel:
             os.eventfd_write(fd, 1)  # kicks that came before were kept
 
     def inject_irq(self, index: int) -> None:
-        self.interrupts += 1
+        self.interrupted.add(index)
 
     def irq_affinity(self, index: int) -> set[int]:
         if index not in self.affinity:
@@ -184,28 +185,73 @@ def no_descriptors(index: int) -> Callable[[int], OSError | None]:
 
 
 def test_a_queue_without_memory_is_tried_again(kernel: Kernel) -> None:
-    """DRIVER_OK is not refused, the trouble is told, the other queue works; with descriptors back the queue works, too."""
+    """DRIVER_OK is not refused, the trouble is told, the other queue works; with descriptors back the queue works, too, and
+    the trouble is over."""
     kernel.refuse = no_descriptors(1)
     with Served(kernel) as served:
         kernel.drive()
         assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
         assert served.ready() == [True, False]
-        assert "queue 1" in served.failures[0]
+        assert "queue 1" in served.server.describe()["broken"]
         assert kernel.flush(0) == OK
         kernel.refuse = lambda start: None
         assert kernel.flush(1) == OK
         until(lambda: served.ready() == [True, True])
+        until(lambda: served.server.trouble is None)
+        assert not any("served" in failure for failure in served.failures)
 
 
 def test_taking_over_without_memory(kernel: Kernel) -> None:
-    """The same for who takes over a dead server's device: it answers messages meanwhile."""
+    """The same for who takes over a dead server's device: it answers messages meanwhile, and the queue's driver is
+    interrupted when the queue is served at last: the dead server may have had no time for that."""
     kernel.refuse = no_descriptors(0)
     with Served(kernel, adopt=True) as served:
-        until(lambda: bool(served.failures))
+        served.server.wait_until_taken_over()
+        assert "queue 0" in (served.server.trouble or "")
+        assert kernel.interrupted == {1}
         assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
         kernel.refuse = lambda start: None
         until(lambda: served.ready() == [True, True])
+        until(lambda: kernel.interrupted == {0, 1})
+        assert not any("served" in failure for failure in served.failures)
         assert kernel.flush(0) == OK
+
+
+def test_a_server_on_trial_reads_no_message(kernel: Kernel) -> None:
+    """It serves the queues; a message waits until the device is its own. The kernel gives none twice while the old server
+    has the device open."""
+    with Served(kernel, adopt=True, on_trial=True) as served:
+        served.server.wait_until_taken_over()
+        assert kernel.flush(0) == kernel.flush(1) == OK
+        request = ffi.new("struct vduse_dev_request *")
+        request.type = lib.VDUSE_UPDATE_IOTLB
+        kernel.end.send(bytes(ffi.buffer(request)))
+        assert not select.select([kernel.end], [], [], 0.2)[0]
+        assert kernel.read_message() is not None  # it is all there for another one
+        served.server.attend()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+
+
+@pytest.mark.parametrize("what", ["memory", "threads"])
+def test_a_server_on_trial_serves_every_queue_or_says_so(
+    kernel: Kernel, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not try again and fails no request: the old server can do better."""
+    start = NativeQueue.start
+
+    def refuse(queue: NativeQueue, setup: Any, iova: Any) -> None:
+        if what == "threads" and setup.index == 1 and queue._target.kind == core.VB_TARGET_NULL:
+            raise OSError(errno.EAGAIN, "no thread")
+        start(queue, setup, iova)
+
+    monkeypatch.setattr(NativeQueue, "start", refuse)
+    if what == "memory":
+        kernel.refuse = no_descriptors(1)
+    with Served(kernel, adopt=True, on_trial=True) as served:
+        served.server.wait_until_taken_over()
+        assert served.server.broken is not None
+        assert ("no thread" if what == "threads" else "Too many open files") in served.server.broken
+        assert served.ready() == [True, False]
 
 
 def test_a_kick_that_went_to_the_dead_server_is_not_missed(kernel: Kernel) -> None:

@@ -87,10 +87,12 @@ class Kept(Export):
     """Stays without its server."""
 
     for_this_host = True
+    hands_over = True
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.queue_count = self.options.queues or 3
+        self._held = False
         self._mark = control.run_root() / "kept"
 
     @classmethod
@@ -119,5 +121,12 @@ class Kept(Export):
         await super().stop()
         self._mark.unlink()
 
+    def hold(self, on: bool) -> None:
+        self._held = on
+
+    def is_quiet(self) -> bool:
+        return self._held and not os.environ.get("FAKE_HANGS")
+
     async def leave(self) -> None:
         """The mark stays."""
+        assert self.is_quiet()

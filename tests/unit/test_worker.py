@@ -473,6 +473,17 @@ class TestLeaving:
         server = start(**KEPT)
         server.until("serving")
 
+    def test_what_does_not_end_is_left_as_it_is(self, start: Start, run_dir: Path) -> None:
+        """To stop the queues would be to fail it, or to wait for ever: it is in the log for the next server."""
+        server = start(**KEPT, FAKE_USED="1", FAKE_HANGS="1", prepare=heeding(signal.SIGTERM))
+        server.until("serving")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == Exit.LEFT
+        assert "left to the next server as it is: what is in flight has not ended within 5 seconds" in server.log
+        assert control.read_state("d")["phase"] == "left"
+        server = start(**KEPT)
+        server.until("serving")
+
     def test_but_not_one_that_ends_with_its_server(self, start: Start) -> None:
         """Memory is served on: ending would destroy what its users have."""
         server = start(source="fake:?size=1M", exports=["kept"], FAKE_USED="1", prepare=heeding(signal.SIGTERM))
@@ -551,6 +562,31 @@ class TestMonitor:
         assert monitor.process.wait(30) == 0
         control.remove_directory("d", locked_fd=lock)
         os.close(lock)
+
+
+    def test_a_disk_that_is_removed_while_its_server_starts_stays_removed(self, start: Start, run_dir: Path) -> None:
+        """Between the monitor's last look and the new server's lock: the directory is not made again."""
+        code = """
+import sys
+from vduse_blk import control
+from vduse_blk.worker import monitor
+class Late(monitor.Monitor):
+    starts = 0
+    def _start(self, *how):
+        self.starts += 1
+        if self.starts == 2:
+            (control.run_root() / "kept").unlink()
+            control.remove_directory("d")
+        return super()._start(*how)
+monitor.Monitor = Late
+sys.exit(monitor.main())
+"""
+        control.make_directory("d")
+        monitor = start(command=("-c", code), restart="on-failure", **KEPT)
+        os.kill(serving_pid(monitor), signal.SIGKILL)
+        assert monitor.process.wait(30) == Exit.OK
+        assert list(run_dir.iterdir()) == []
+        assert "disk 'd' was removed meanwhile" in monitor.log
 
 
 class TestRunDirectory:

@@ -6,8 +6,11 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 import click
@@ -123,9 +126,16 @@ def _by_force(client: control.Client, end: int | None, patience: float) -> Taken
             taken.node = take_from(pid, f"/dev/vduse/{device}")
     except PermissionError:
         taken = Taken()  # a host that lets nobody trace: then it must end by itself
-    output.say(f"the server of disk '{client.name}' (process {pid}) is killed")
-    signal.pidfd_send_signal(end, signal.SIGKILL)
-    if not ended(end, KILL_SECONDS):
+    with _successor(client.name, pid) as successor:
+        output.say(f"the server of disk '{client.name}' (process {pid}) is killed")
+        # The new one of an upgrade first: the old one, alive, would only start to wait for its end.
+        servers = [process for process in (successor, end) if process is not None]
+        for process in servers:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+        until = time.monotonic() + KILL_SECONDS
+        all_ended = all(ended(process, until - time.monotonic()) for process in servers)
+    if not all_ended:
         output.say("it has not ended yet: it waits in the kernel, probably for its storage")
     elif taken.node is not None:
         # The kernel gives messages that were read and not answered to whoever opens the node next, not to a duplicate.
@@ -138,6 +148,26 @@ def _device_of(name: str) -> str | None:
     """What the kernel calls the VDUSE device of a disk, if it has one."""
     device: str | None = import_module("vduse_blk.exporters.vduse.names").device_of(name)
     return device
+
+
+@contextmanager
+def _successor(name: str, pid: int) -> Iterator[int | None]:
+    """A pidfd of the server that is about to replace ``pid``, and may hold what that one held; None: there is none."""
+    state = control.read_state(name)
+    successor = state.get("successor") if state.get("pid") == pid else None
+    if type(successor) is not int or successor <= 0:
+        yield None
+        return
+    with control.server_process(successor) as process:
+        yield process if process is not None and _parent(successor) == pid else None
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[1])
 
 
 def ended(process: int | None, seconds: float) -> bool:

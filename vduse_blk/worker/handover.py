@@ -6,11 +6,12 @@ file to the other. In order:
     new → old   ready      everything is imported; the disk is served by the old one
     old → new   (the disk) at rest, its storage closed: the lock of its directory, its exports
     new → old   starting   the storage is open and what came is understood: from here on requests may be begun
-    new → old   serving    the disk is the new one's, whatever becomes of the old one
+    new → old   serving    its requests are served
+    old → new   yours      or its end: only now may anything be taken that could not be given back
     new → old   settled    it answers the control socket
     new → old   error      instead of any of these: the disk is the old one's again
 
-Until ``serving`` a new one that is not well is killed, and has ended before the old one goes on: two servers of one disk
+Until ``yours`` a new one that is not well is killed, and has ended before the old one goes on: two servers of one disk
 cannot be. A new one that has got the disk needs the old one no more.
 """
 

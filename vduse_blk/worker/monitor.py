@@ -53,7 +53,7 @@ class Monitor:
         in_a_row, served = 0, False
         while True:
             began = time.monotonic()
-            pid = self._start()
+            pid = self._start(directory if served else None)
             status = self._wait(pid)
             while (successor := _successor(name, pid)) is not None:
                 pid, served, began = successor, True, time.monotonic()
@@ -76,13 +76,16 @@ class Monitor:
             if not control.is_directory(name, directory):
                 return Exit.OK
 
-    def _start(self) -> int:
-        """The server's process id. Its specification is handed over as ``attach`` does it."""
-        spec, ready = self._spec, self._spec.ready_fd
+    def _start(self, directory: int | None) -> int:
+        """The server's process id. Its specification is handed over as ``attach`` does it. ``directory``: serve only the
+        disk it is of, which somebody may remove before the server has locked it."""
+        spec, ready = replace(self._spec, directory_fd=directory), self._spec.ready_fd
         file = os.memfd_create("vduse-blk-spec", os.MFD_CLOEXEC)
         try:
             os.write(file, spec.to_json().encode())
             os.lseek(file, 0, os.SEEK_SET)
+            if directory is not None:
+                os.set_inheritable(directory, True)  # our children are servers, and there is no thread to start others
             return os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-P", "-m", "vduse_blk.worker"],
@@ -94,7 +97,7 @@ class Monitor:
             os.close(file)
             if ready is not None:
                 os.close(ready)  # the server's alone: its death must be an end of file
-                self._spec = replace(spec, ready_fd=None, timeout=None)
+                self._spec = replace(self._spec, ready_fd=None, timeout=None)
 
     @staticmethod
     def _wait(pid: int) -> int:

@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -52,7 +53,8 @@ _MARGIN = 10.0
 _TAKING_OVER = 10.0
 """Seconds a new server may take to serve the disk that the old one has handed over."""
 _DRAINING = 5.0
-"""Seconds that what is in flight may take to end before an upgrade; nothing new is begun meanwhile."""
+"""Seconds that what is in flight may take to end before an upgrade, and before a server leaves a disk that is used; nothing
+new is begun meanwhile."""
 _LOOK = 0.0005
 _REOPEN = 0.1
 _FENCE = 60.0
@@ -66,6 +68,10 @@ class _Export:
     text: str
     exporter: Exporter
     endpoint: Endpoint
+
+
+class _NotDrained(ControlError):
+    """Something in flight has not ended."""
 
 
 class Worker:
@@ -105,7 +111,10 @@ class Worker:
         wanted = parse_exports(self._spec.exports)
         if self._spec.upgrade_fd is not None:
             return await self._run_as_successor(wanted, Line(socket.socket(fileno=self._spec.upgrade_fd)))
-        self._lock = await self._lock_directory()
+        lock = await self._lock_directory()
+        if lock is None:
+            return Exit.OK
+        self._lock = lock
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
@@ -123,7 +132,23 @@ class Worker:
         finally:
             self._leave_directory()
 
-    async def _lock_directory(self) -> int:
+    async def _lock_directory(self) -> int | None:
+        """None: the disk that was to be served again has been removed. Raises ControlError."""
+        opened, self._spec = self._spec.directory_fd, replace(self._spec, directory_fd=None)
+        try:
+            if opened is None:
+                return await self._lock_after_the_dying()
+            return control.lock_directory(self._spec.name, opened_fd=opened)
+        except ControlError as error:
+            if opened is None or error.exit_code != Exit.NOT_FOUND:
+                raise
+            log.info("%s", error)
+            return None
+        finally:
+            if opened is not None:
+                os.close(opened)
+
+    async def _lock_after_the_dying(self) -> int:
         """A killed server has the lock until its last thread leaves the kernel, which may wait there for storage. Raises
         ControlError."""
         name = self._spec.name
@@ -144,9 +169,7 @@ class Worker:
                         Exit.BUSY,
                     )
                 await asyncio.sleep(0.1)
-            if not control.is_directory(name, directory):
-                raise ControlError(f"disk '{name}' was removed while its dead server was waited for", Exit.NOT_FOUND)
-            return control.lock_directory(name)
+            return control.lock_directory(name, opened_fd=directory)  # removed meanwhile, it is not made again
         finally:
             os.close(directory)
 
@@ -368,11 +391,10 @@ class Worker:
     # ----------------------------------------------------------------------------------------------------- end
 
     def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
         if self._start is not None:
-            self._give_up(f"interrupted by {name}")
+            self._give_up(f"interrupted by {signal.Signals(number).name}")
         else:
-            self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(name))
+            self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(number))
 
     def _on_hangup(self) -> None:
         """Read the administrator's settings of the disk. Nothing of them is taken if one is wrong."""
@@ -386,11 +408,16 @@ class Worker:
         except (UserError, OSError) as error:
             log.error("SIGHUP: the settings of disk '%s' are as before: %s", name, error)
 
-    async def _detach_on_signal(self, name: str) -> None:
+    async def _detach_on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
         try:
             try:
                 await self._detach(force=False, signalled=True)
             except ControlError as error:
+                if self._replaced and self._successor is not None:
+                    log.info("%s: passed on to process %d, which serves the disk now", name, self._successor)
+                    os.kill(self._successor, number)
+                    return
                 if error.exit_code != Exit.BUSY or not self._exports or self._finished.is_set():
                     raise
                 await self._leave(name, error)
@@ -410,9 +437,13 @@ class Worker:
                 raise ControlError(f"{why}; nobody could take it over: {self._stack} ends with its server", why.exit_code)
             self._phase = "left"
             notify_systemd("STOPPING=1")
-            if self._is_waiting():
-                # To drain would be to fail what waits. It is marked in the in-flight log, and waits at the next server.
-                log.warning("%s: %s; requests wait for storage, and go on waiting at the next server", signal_name, why)
+            try:
+                if isinstance(why, _NotDrained):
+                    raise why
+                await self._drain()
+            except ControlError as error:
+                # To stop the queues would be to fail it. It is marked in the in-flight log, and done by the next server.
+                log.warning("%s: %s; left to the next server as it is: %s", signal_name, why, error)
                 self._note_state()
                 logging.shutdown()
                 os._exit(Exit.LEFT)
@@ -438,6 +469,8 @@ class Worker:
         ``signalled``: whoever manages this process wants it to end; a front-end waits for the next server.
         """
         async with self._changing:
+            if self._replaced:
+                raise ControlError(f"disk '{self._spec.name}' is process {self._successor}'s now; try again", Exit.BUSY)
             if self._finished.is_set():
                 return
             if self._start is not None or not self._exports:
@@ -447,6 +480,8 @@ class Worker:
                     raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claims: list[int] = []
+            stack = self._stack
+            assert stack is not None
             try:
                 if not force:
                     for export in self._exports:
@@ -454,6 +489,8 @@ class Worker:
                             claims += await self._claim(export.endpoint.path)
                         elif not signalled or self._is_waiting():
                             self._check_unused(export)
+                        elif export.exporter.users() and stack.fence is Fence.OPEN:
+                            await self._drain_for_good()
                 await self._stop_exports()
             finally:
                 for claim in claims:
@@ -468,6 +505,16 @@ class Worker:
                 raise self._loss from error
             finally:
                 self._finished.set()
+
+    async def _drain_for_good(self) -> None:
+        """Before the end, for users that wait for the next server. Raises _NotDrained with the disk served on."""
+        try:
+            await self._drain()
+        except ControlError as error:
+            for export in self._exports:
+                if export.exporter.hands_over:
+                    export.exporter.hold(False)
+            raise _NotDrained(str(error), Exit.BUSY) from error
 
     async def _stop_exports(self) -> None:
         before = self._phase
@@ -587,6 +634,7 @@ class Worker:
                     left = max(0.0, until - time.monotonic())
                     said = await asyncio.to_thread(new.expect, ["starting", "serving"], left)
                     started, step = True, said["step"]
+                await asyncio.to_thread(self._tell, new, {"step": "yours"})
             except BaseException as error:
                 started = await asyncio.to_thread(new.end) or started
                 await self._go_on(at_rest, started)
@@ -596,27 +644,33 @@ class Worker:
             self._replaced = True
             reached("replaced")
             notify_systemd(f"MAINPID={new.process.pid}")
+            unsettled = None
             try:
                 await asyncio.to_thread(new.expect, ["settled"], _TAKING_OVER)
             except ControlError as error:
                 log.error("%s", error)
+                unsettled = error
             for export in self._exports:
                 await export.exporter.release()
             self._exports.clear()
             self._finished.set()
             log.info("disk '%s' is served by process %d", name, new.process.pid)
+            if unsettled is not None:
+                sentence = f"disk '{name}' is process {new.process.pid}'s now, which cannot be asked: {unsettled}"
+                raise ControlError(sentence, unsettled.exit_code) from unsettled
             return {"pid": new.process.pid, "version": version, "pause": said["at"] - began}
 
     async def _drain(self) -> None:
         """Begin nothing new, and wait until nothing is in flight. Raises ControlError."""
         deadline = time.monotonic() + _DRAINING
+        exporters = [export.exporter for export in self._exports if export.exporter.hands_over]
         while True:
-            for export in self._exports:
-                export.exporter.hold(True)  # again and again: drivers start queues meanwhile
-            if all(export.exporter.is_quiet() for export in self._exports):
+            for exporter in exporters:
+                exporter.hold(True)  # again and again: drivers start queues meanwhile
+            if all(exporter.is_quiet() for exporter in exporters):
                 return
             if self._is_waiting():
-                raise ControlError("requests wait for storage; they would fail", Exit.BUSY)
+                raise ControlError("requests wait for storage, and would fail", Exit.BUSY)
             if time.monotonic() > deadline:
                 raise ControlError(f"what is in flight has not ended within {_DRAINING:g} seconds", Exit.TIMEOUT)
             await asyncio.sleep(_LOOK)
@@ -629,8 +683,12 @@ class Worker:
             exports.append(facts)
             fds += given.fds
         monitor = (self._monitor or os.getppid()) if self._spec.restart != "no" else None
+        self._tell(new, {"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+
+    @staticmethod
+    def _tell(new: Successor, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            new.line.send({"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+            new.line.send(message, fds)
         except OSError as error:
             raise ControlError(f"the new server is gone: {error.strerror}", Exit.FAILED) from error
 
@@ -664,6 +722,7 @@ class Worker:
         self._spec = replace(self._spec, upgrade_fd=None)
         async with self._changing:
             try:
+                listening = await self._bind(self._socket_for_later())
                 await self._succeed(wanted, line)
             except BaseException as error:
                 is_bug = not isinstance(error, UserError)
@@ -677,10 +736,17 @@ class Worker:
             try:
                 undo = AsyncExitStack()
                 undo.push_async_callback(self._close_storage)
-                await self._listen(undo)
+                undo.callback(listening.close)
+                message: dict[str, Any] = {"step": "settled"}
+                try:
+                    os.replace(self._socket_for_later(), control.DiskPaths.of(self._spec.name).socket)
+                except OSError as error:  # the disk is served all the same, and ends by a signal
+                    why = f"it has no control socket: {error.strerror}"
+                    log.error("disk '%s': %s", self._spec.name, why)
+                    message = {"error": why}
                 self._note_state()
                 with contextlib.suppress(OSError):
-                    line.send({"step": "settled"})
+                    line.send(message)
                 line.close()
                 places = ", ".join(export.endpoint.path for export in self._exports)
                 notify_systemd(f"READY=1\nSTATUS=serving {places}")
@@ -738,6 +804,10 @@ class Worker:
         at = time.monotonic()
         with contextlib.suppress(OSError):
             line.send({"step": "serving", "at": at})
+        with contextlib.suppress(EOFError):
+            await asyncio.to_thread(line.receive)
+        for present in self._exports:
+            present.exporter.attend()
         reached("took-over")
         log.info("disk '%s' is taken over from a server that runs, version %s", self._spec.name, __version__)
         control.add_event(self._spec.name, event="upgraded", pid=os.getpid(), version=__version__)
@@ -747,11 +817,23 @@ class Worker:
     async def _listen(self, undo: AsyncExitStack) -> None:
         path = control.DiskPaths.of(self._spec.name).socket
         new = path.with_name("control.new")  # no longer than the final name, which has been checked
-        new.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock
-        server = await asyncio.start_unix_server(self._converse, new, limit=control.MAX_MESSAGE)
-        os.chmod(new, 0o600)
+        server = await self._bind(new)
         os.replace(new, path)
         undo.callback(server.close)
+
+    def _socket_for_later(self) -> Path:
+        """Where a new server listens before the disk is its own: later there may be no room for it any more."""
+        return control.DiskPaths.of(self._spec.name).socket.with_name("control.next")
+
+    async def _bind(self, path: Path) -> asyncio.Server:
+        """Raises ControlError."""
+        try:
+            path.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock, or the only line to who does
+            server = await asyncio.start_unix_server(self._converse, path, limit=control.MAX_MESSAGE)
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise ControlError(f"no control socket can be made at {path}: {error.strerror}", Exit.FAILED) from error
+        return server
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
