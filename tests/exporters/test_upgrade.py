@@ -318,6 +318,51 @@ def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> No
     detach(server)
 
 
+@pytest.mark.parametrize("words", ["source", "option"])
+def test_a_size_was_for_making_the_disk(tmp_path: Path, words: str) -> None:
+    """A disk that was made with a size and has grown is upgraded, served on after an upgrade that failed, and served again
+    after its server was killed, with the words it was made with."""
+    image = tmp_path / "made.img"
+    given = {"source": f"file:{image}?size=1M"} if words == "source" else {"source": str(image), "size": MIB}
+    server = Server(tmp_path, **given)
+    server.call("resize", size=2 * MIB)
+    with pytest.raises(ControlError, match="signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=reopened")
+    assert server.call("info")["size"] == 2 * MIB
+    said = upgrade(server)
+    assert owner(server) == said["pid"]
+    assert server.process.wait(10) == 0
+    assert server.call("info")["size"] == 2 * MIB
+    with control.server_process(said["pid"]) as end:
+        os.kill(said["pid"], signal.SIGKILL)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    server.start()
+    assert server.call("info")["size"] == 2 * MIB
+    assert server.stop() == Exit.OK
+
+
+def test_a_start_that_fails_leaves_what_was_left(tmp_path: Path) -> None:
+    """A disk whose server died, and whose storage is away when the next one starts, is still known as one that was served:
+    its file is not made anew, and the one after that serves it, or it is detached."""
+    image = tmp_path / "made.img"
+    server = Server(tmp_path, source=f"file:{image}?size=1M")
+    server.call("resize", size=2 * MIB)
+    server.kill()
+    image.rename(tmp_path / "away")
+    with pytest.raises(AssertionError, match="does not exist"):
+        server.start()
+    assert server.process.wait(10) != 0
+    assert not image.exists()
+    assert control.disk_status("d").state == "dead"
+    (tmp_path / "away").rename(image)
+    server.start()
+    assert server.call("info")["size"] == 2 * MIB
+    server.call("detach")
+    assert server.process.wait(10) == 0
+    assert not (tmp_path / "run" / "d").exists()
+
+
 def test_storage_that_ends_with_its_server_is_refused(serve: Serve) -> None:
     """Memory cannot be handed over: the sentence says so."""
     server = serve(source="memory:1M")

@@ -21,11 +21,11 @@ import signal
 import socket
 import time
 from contextlib import AsyncExitStack
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import __version__, control, record, registry
+from vduse_blk import __version__, control, record
 from vduse_blk.block.contract import Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
@@ -40,6 +40,7 @@ from vduse_blk.worker import settings
 from vduse_blk.worker.handover import VERSION, Line, Successor
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
+from vduse_blk.worker.remains import Remains
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -91,6 +92,10 @@ class Worker:
         self._lock = -1
         self._was_open = False
         """The disk was served before, by this server or another."""
+        self._remains: Remains | None = None
+        self._keeps = True
+        self._kept = False
+        """A start failed, and what an earlier server left stays for the next; unless the user has it detached."""
         self._inode: int | None = None
         """Of the file that is the storage, when it was opened."""
         self._replaced = False
@@ -109,6 +114,8 @@ class Worker:
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
+                self._remains = Remains(self._spec.name, self._spec.source)
+                self._was_open |= self._remains.was_served
                 self._write_state()
                 reached("locked")
                 if any(export.exporter.for_this_host for export in wanted):
@@ -130,7 +137,7 @@ class Worker:
         return self._end
 
     def _leave_directory(self) -> None:
-        if not self._replaced and not self._is_left():
+        if not self._replaced and not self._kept and not self._is_left():
             control.remove_directory(self._spec.name, locked_fd=self._lock)
             reached("gone")
 
@@ -158,6 +165,10 @@ class Worker:
                     await self._stop_exports()
                 if not self._is_left():
                     await self._close_storage(abandon=True)
+                if self._was_open and self._keeps:
+                    self._kept = True
+                    self._phase = "failed"
+                    self._note_state()
             except Exception:
                 # What went wrong first is what the user hears.
                 log.exception("undoing the start of disk '%s' failed", self._spec.name)
@@ -176,6 +187,8 @@ class Worker:
         self._stack = stack = await self._open_storage()
         self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
+        assert self._remains is not None
+        self._remains.write()
         for text, export in zip(spec.exports, wanted, strict=True):
             before = self._predecessor if export.exporter.for_this_host else None
             queues = spec.queues or (before.queue_count if before is not None else 0)
@@ -284,15 +297,13 @@ class Worker:
 
     def _make_stack(self) -> Stack:
         spec = self._spec
-        # A size was for making a file; the file of a disk that was served before is there, and may have grown since.
-        kind = registry.backend(parse_source(spec.source).backend)
-        needs_size = any(f.name == "size" and f.default is MISSING for f in fields(kind.Options))
         return open_source(
             spec.source,
             dict(spec.options),
             read_only=spec.read_only,
             block_size=spec.block_size,
-            size=spec.size if not self._was_open or needs_size else None,
+            size=spec.size,
+            made=self._was_open,
             serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
             filters=spec.filters,
             on_error=spec.on_error,
@@ -414,6 +425,7 @@ class Worker:
             if self._finished.is_set():
                 return
             if self._start is not None or not self._exports:
+                self._keeps = False
                 self._give_up("detach")
                 await self._undone.wait()
                 if self._is_left():
@@ -616,8 +628,8 @@ class Worker:
         self._was_open = True
         said = ""
         while self._stack is None:
-            stack = self._make_stack()
             try:
+                stack = self._make_stack()
                 await stack.open()
                 self._stack = stack
             except UserError as error:
