@@ -1,4 +1,5 @@
-"""What one server of a disk leaves to the next, whatever the disk's exports: that it was served.
+"""What one server of a disk leaves to the next, whatever the disk's exports: that it was served, and what
+was set while it was in use.
 
 ``served.json`` in the disk's directory: written before anybody can use the disk, gone with the directory when it is detached.
 It speaks of storage. Who finds it and is to serve other storage under the same name has nothing to do with it.
@@ -30,6 +31,8 @@ class Remains:
         """Reads what there is. Damage costs what was noted, not the disk: it is said in the log."""
         self.was_served = False
         """Of the storage as a disk of this name, by a server that is gone or about to be."""
+        self.settings: dict[str, str] = {}
+        """As ``settings.change`` takes them; whoever changes them calls ``write``."""
         self._name = name
         self._source = source
         self._path = DiskPaths.of(name).directory / _FILE
@@ -40,10 +43,17 @@ class Remains:
             return
         if found is not None and _storage(str(found.get("source"))) == _storage(source):
             self.was_served = True
+            self.settings = settings_of(found.get("settings"))
 
     def write(self) -> None:
         """Raises ControlError (exit 1), with the old ones in place."""
-        control.replace_json(self._path, {"version": _VERSION, "source": self._source})
+        control.replace_json(self._path, {"version": _VERSION, "source": self._source, "settings": self.settings})
+
+
+def settings_of(value: object) -> dict[str, str]:
+    """What another server has written down as settings; nothing of what cannot be any."""
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in items if isinstance(key, str) and isinstance(text, str)}
 
 
 def _read(path: Path) -> dict[str, object] | None:

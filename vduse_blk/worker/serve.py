@@ -185,9 +185,10 @@ class Worker:
         if self._given_up is not None:
             raise asyncio.CancelledError
         self._stack = stack = await self._open_storage()
+        assert self._remains is not None
+        spec = settings.restore(stack, spec, self._remains.settings)
         self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
-        assert self._remains is not None
         self._remains.write()
         for text, export in zip(spec.exports, wanted, strict=True):
             before = self._predecessor if export.exporter.for_this_host else None
@@ -685,6 +686,7 @@ class Worker:
     async def _succeed(self, wanted: list[ExportSpec], line: Line) -> None:
         """Returns when the disk is served by this process. Raises anything, and then it must end."""
         self._was_open = True
+        self._remains = Remains(self._spec.name, self._spec.source)
         stack = self._make_stack()
         if any(export.exporter.for_this_host for export in wanted):
             for problem in harden():
@@ -789,10 +791,13 @@ class Worker:
         """Change settings; returns those of the disk now."""
         if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
             raise ControlError(f"values: {values!r} is not usable; accepted is an object of texts", Exit.USAGE)
-        if self._stack is None or not self._exports:
-            raise ControlError(f"disk '{self._spec.name}' is {self._phase}; nothing of it can be set", Exit.BUSY)
+        if self._stack is None or self._remains is None or not self._exports:
+            phase = self._phase if self._successor is None else "being upgraded"
+            raise ControlError(f"disk '{self._spec.name}' is {phase}; nothing of it can be set", Exit.BUSY)
         self._spec = settings.change(self._stack, self._spec, values)
-        self._write_state()  # a successor goes on with them
+        self._remains.settings |= values  # a successor goes on with them
+        self._remains.write()
+        self._write_state()
         log.info("disk '%s' has settings %s", self._spec.name, " ".join(f"{key}={value}" for key, value in values.items()))
         return self._settings(self._stack)
 
