@@ -318,6 +318,52 @@ def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> No
     detach(server)
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_what_is_set_during_an_upgrade_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The new server was started with the settings of before. What is set while it imports everything, and what SIGHUP reads,
+    are those of whoever serves the disk afterwards, and of the one after that."""
+    monkeypatch.setenv(control.SETTINGS_ENV, str(tmp_path))
+    server = Server(tmp_path, filters=["faults"])
+    environment = f"{KILL_ENV}=reopened" if fails else "NOTHING=1"
+    script = 'while ! [ -e "$0" ]; do sleep 0.02; done; exec "$@"'
+    command = ["sh", "-c", script, str(tmp_path / "go"), "env", environment, *COMMAND]
+    said: list[object] = []
+
+    def ask() -> None:
+        try:
+            said.append(upgrade(server, *command)["pid"])
+        except ControlError as error:
+            said.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 10
+    while "successor" not in control.read_state("d"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    server.call("set", values={"on-error": "wait", "faults.delay": "0.01ms"})
+    (tmp_path / "d.settings").write_text("on-full=wait\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.call("ping")  # the signal has come: it was sent before
+    (tmp_path / "go").touch()
+    asking.join(30)
+    pid = owner(server)
+    assert said == [pid] if not fails else pid == server.process.pid
+
+    def check() -> None:
+        deadline = time.monotonic() + 10
+        while (info := server.call("info"))["policy"] != {"on_error": "wait", "on_full": "wait"}:
+            assert time.monotonic() < deadline, info
+            time.sleep(0.01)
+        assert info["filters"][0]["options"] == "delay=0.00001"
+
+    check()
+    (tmp_path / "d.settings").unlink()
+    assert upgrade(server)["pid"] == owner(server)
+    check()
+    detach(server)
+
+
 @pytest.mark.parametrize("words", ["source", "option"])
 def test_a_size_was_for_making_the_disk(tmp_path: Path, words: str) -> None:
     """A disk that was made with a size and has grown is upgraded, served on after an upgrade that failed, and served again

@@ -40,7 +40,7 @@ from vduse_blk.worker import settings
 from vduse_blk.worker.handover import VERSION, Line, Successor
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
-from vduse_blk.worker.remains import Remains
+from vduse_blk.worker.remains import Remains, settings_of
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -360,8 +360,16 @@ class Worker:
             self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(name))
 
     def _on_hangup(self) -> None:
-        """Read the administrator's settings of the disk. Nothing of them is taken if one is wrong."""
+        self._hangup_task = asyncio.get_running_loop().create_task(self._read_settings())
+
+    async def _read_settings(self) -> None:
+        """The administrator's, of the disk. Nothing of them is taken if one is wrong."""
         name = self._spec.name
+        async with self._changing:  # the disk may be about to be another server's
+            if self._replaced and self._successor is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._successor, signal.SIGHUP)
+                return
         try:
             values = control.read_settings(name)
             if not values:
@@ -618,8 +626,10 @@ class Worker:
             exports.append(facts)
             fds += given.fds
         monitor = (self._monitor or os.getppid()) if self._spec.restart != "no" else None
+        changed = {} if self._remains is None else self._remains.settings  # the new one's specification is older
         try:
-            new.line.send({"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+            message = {"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports, "settings": changed}
+            new.line.send(message, fds)
         except OSError as error:
             raise ControlError(f"the new server is gone: {error.strerror}", Exit.FAILED) from error
 
@@ -703,6 +713,9 @@ class Worker:
         self._lock, self._monitor = fds[0], message["monitor"]
         reached("received")
         await stack.open()
+        if "settings" in message:
+            self._remains.settings = settings_of(message["settings"])
+        self._spec = settings.restore(stack, self._spec, self._remains.settings)
         self._stack = stack
         reached("reopened")
         exporters: list[Exporter] = []
