@@ -95,7 +95,8 @@ class Worker:
         self._remains: Remains | None = None
         self._keeps = True
         self._kept = False
-        """A start failed, and what an earlier server left stays for the next; unless the user has it detached."""
+        """The directory stays for the next server: what an earlier one left, since this start failed (unless the user has
+        the disk detached); or what this one leaves, while a front-end waits."""
         self._inode: int | None = None
         """Of the file that is the storage, when it was opened."""
         self._replaced = False
@@ -268,6 +269,7 @@ class Worker:
             for export in parse_exports(self._spec.exports):
                 if export.exporter.is_left(name):
                     await export.exporter.fail_left(name, directory)
+            self._keeps = False
             raise ControlError(
                 f"the contents of disk '{self._spec.name}' died with its server: its requests were failed and it was "
                 "removed; attach it again for an empty one",
@@ -298,7 +300,8 @@ class Worker:
 
     def _make_stack(self) -> Stack:
         spec = self._spec
-        return open_source(
+        assert self._remains is not None
+        stack = open_source(
             spec.source,
             dict(spec.options),
             read_only=spec.read_only,
@@ -310,6 +313,8 @@ class Worker:
             on_error=spec.on_error,
             on_full=spec.on_full,
         )
+        stack.remember_losses(self._remains.lost(keep=self._was_open))
+        return stack
 
     def _put_on_record(self, exporter: Exporter) -> None:
         """Before the kernel is asked for anything that outlives us. Raises ControlError: it is another disk."""
@@ -441,6 +446,7 @@ class Worker:
                     raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claims: list[int] = []
+            self._kept = False
             try:
                 if not force:
                     for export in self._exports:
@@ -448,6 +454,8 @@ class Worker:
                             claims += await self._claim(export.endpoint.path)
                         elif not signalled or self._is_waiting():
                             self._check_unused(export)
+                        elif self._remains is not None and self._remains.matter and export.exporter.users():
+                            self._kept = True
                 await self._stop_exports()
             finally:
                 for claim in claims:
