@@ -94,24 +94,31 @@ def _map(path: Path) -> memoryview:
     """Raises OSError. What is no mark, or not ours, is taken for one of lost data: it says the less harmful thing."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        facts = os.fstat(fd)
-        is_ours = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
-        if not is_ours or facts.st_size not in (0, _LOST_BYTES):
+        size = os.fstat(fd).st_size
+        if not _is_ours(fd) or size not in (0, _LOST_BYTES):
             return memoryview(bytearray(b"\1" * _LOST_BYTES))
-        if facts.st_size == 0:
+        if size == 0:
             os.pwrite(fd, bytes(_LOST_BYTES), 0)  # written, not only sized: a page that has no room yet could not be set
         return memoryview(mmap.mmap(fd, _LOST_BYTES))
     finally:
         os.close(fd)
 
 
+def _is_ours(fd: int) -> bool:
+    facts = os.fstat(fd)
+    return stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
+
+
 def _read(path: Path) -> dict[str, object] | None:
     """Raises OSError, ValueError."""
     try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(control.MAX_MESSAGE))
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    with open(fd, "rb") as file:
+        if not _is_ours(fd):
+            raise ValueError("it is not a private file of this user")
+        found = json.loads(file.read(control.MAX_MESSAGE))
     if not isinstance(found, dict) or found.get("version") != _VERSION:
         raise ValueError(f"it is not of version {_VERSION}")
     return found
