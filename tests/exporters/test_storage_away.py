@@ -104,29 +104,6 @@ def test_from_wait_to_fail_the_requests_end_and_back_they_wait(away: Away) -> No
     assert {request.status for request in requests} == {OK}
 
 
-@pytest.mark.parametrize("end", ["detach", "term"])
-@pytest.mark.parametrize("hangs", [False, True], ids=["waiting", "hanging"])
-def test_a_disk_that_waits_or_hangs_can_be_removed(away: Away, end: str, hangs: bool) -> None:
-    """Within a moment. Detached, what is in flight fails; ended by a signal, what waits waits for the next server."""
-    if hangs and away.path == "plugin":  # nothing hangs on purpose in C: there it waits both times
-        away.server.call("set", values={"faults.hang": "1"})
-        requests = away.reads(16)
-    else:
-        away.leave()
-        requests = away.reads(16)
-        away.until("waiting")
-    began = time.monotonic()
-    if end == "detach":
-        away.server.call("detach", force=True)
-    else:
-        away.server.process.send_signal(signal.SIGTERM)
-    is_left = end == "term" and not (hangs and away.path == "plugin")
-    assert away.server.process.wait(10) == (Exit.LEFT if is_left else Exit.OK)
-    assert time.monotonic() - began < 5
-    statuses = {away.machine.queue.get(request.status_iova, 1)[0] for request in requests}
-    assert statuses.isdisjoint({OK, IOERR}) if is_left else statuses == {IOERR}
-
-
 def test_a_setting_outlives_the_server(tmp_path: Path) -> None:
     """Requests that wait because of a setting made during the outage, wait on at the next server: nothing of it is in the
     words the server is started with. What a server is not given any more, a filter, is not in its way."""
@@ -170,3 +147,26 @@ def test_a_setting_outlives_the_server(tmp_path: Path) -> None:
     assert server.stop() == Exit.OK
     area.close()
     machine.close()
+
+
+@pytest.mark.parametrize("end", ["detach", "term"])
+@pytest.mark.parametrize("hangs", [False, True], ids=["waiting", "hanging"])
+def test_a_disk_that_waits_or_hangs_can_be_removed(away: Away, end: str, hangs: bool) -> None:
+    """Within a moment. Detached, what is in flight fails; ended by a signal, what waits waits for the next server."""
+    if hangs and away.path == "plugin":  # nothing hangs on purpose in C: there it waits both times
+        away.server.call("set", values={"faults.hang": "1"})
+        requests = away.reads(16)
+    else:
+        away.leave()
+        requests = away.reads(16)
+        away.until("waiting")
+    began = time.monotonic()
+    if end == "detach":
+        away.server.call("detach", force=True)
+    else:
+        away.server.process.send_signal(signal.SIGTERM)
+    is_left = end == "term" and not (hangs and away.path == "plugin")
+    assert away.server.process.wait(10) == (Exit.LEFT if is_left else Exit.OK)
+    assert time.monotonic() - began < 5
+    statuses = {away.machine.queue.get(request.status_iova, 1)[0] for request in requests}
+    assert statuses.isdisjoint({OK, IOERR}) if is_left else statuses == {IOERR}

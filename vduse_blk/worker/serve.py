@@ -438,6 +438,7 @@ class Worker:
         async with self._changing:
             if self._finished.is_set():
                 return
+            self._kept = signalled and self._is_to_be_remembered()
             if self._start is not None or not self._exports:
                 self._keeps = False
                 self._give_up("detach")
@@ -446,7 +447,6 @@ class Worker:
                     raise ControlError(f"disk '{self._spec.name}' was not removed completely; detach it again", Exit.FAILED)
                 return
             claims: list[int] = []
-            self._kept = False
             try:
                 if not force:
                     for export in self._exports:
@@ -454,8 +454,6 @@ class Worker:
                             claims += await self._claim(export.endpoint.path)
                         elif not signalled or self._is_waiting():
                             self._check_unused(export)
-                        elif self._remains is not None and self._remains.matter and export.exporter.users():
-                            self._kept = True
                 await self._stop_exports()
             finally:
                 for claim in claims:
@@ -496,6 +494,12 @@ class Worker:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             await (stack.abandon() if abandon else stack.close())
+
+    def _is_to_be_remembered(self) -> bool:
+        """Whether users wait for the next server to whom it matters what this one was told and has lost."""
+        if self._remains is None or not self._remains.matter:
+            return False
+        return any(export.endpoint.kind != "block" and export.exporter.users() for export in self._exports)
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
