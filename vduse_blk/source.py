@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Final
 
 from vduse_blk import registry
@@ -73,9 +73,12 @@ def open_source(
     filters: Sequence[str] = (),
     on_error: str | None = None,
     on_full: str = "fail",
+    made: bool = False,
 ) -> Stack:
     """A stack over the storage, not opened yet. ``filters`` lie over it, the first lowest (see ``parse_filter``).
     ``on_error`` and ``on_full`` are the failure policy, as users write it; None: the backend's default.
+
+    ``made``: it was a disk before. A size that the backend can do without was for making it; it may have grown since.
 
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.
@@ -91,6 +94,8 @@ def open_source(
     for key, value in parse_values(spec.backend, kind.Options, more).items():
         if values.setdefault(key, value) != value:
             raise UserError(f"{key}: given twice, as {values[key]} in the source and as {value}; leave one out")
+    if made and any(field.name == "size" and field.default is not MISSING for field in fields(kind.Options)):
+        values.pop("size", None)
     if read_only and "read_only" in _names(kind):
         values["read_only"] = True
     backend = kind(make_options(spec.backend, kind.Options, values))

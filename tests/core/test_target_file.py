@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import struct
@@ -125,6 +126,28 @@ def test_a_failed_flush_is_remembered_with_direct_io_too(
         await stack.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("io_mode", ["sync", "uring"])
+def test_a_failed_flush_is_noted_where_it_outlives_the_process(io_mode: str, tmp_path: Path) -> None:
+    """The mark may be a mapped file: it is set when the driver hears of the error, without anybody's help. /dev/null cannot
+    be flushed."""
+    path = tmp_path / "lost"
+    path.write_bytes(bytes(4))
+    fd = os.open("/dev/null", os.O_RDWR)
+    with path.open("r+b") as file:
+        mark = memoryview(mmap.mmap(file.fileno(), 4))
+    info = BlockInfo(size=MIB, volatile_cache=True)
+    try:
+        with queue(info, FileTarget(fd, False, mark), io_mode) as driver:
+            assert driver.flush() == IOERR
+            assert path.read_bytes() == b"\1\0\0\0"
+        with open(tmp_path / "disk.img", "w+b") as image:  # which can
+            image.truncate(MIB)
+            with queue(info, FileTarget(image.fileno(), False, mark), io_mode) as driver:
+                assert driver.flush() == IOERR
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("unmap", [0, 1])

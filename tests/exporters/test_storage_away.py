@@ -16,6 +16,7 @@ from servers import SIZE, Machine, Server
 from vduse_blk import control
 from vduse_blk.control import Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, Request
+from vduse_blk.testing.frontend import FakeFrontend
 
 
 class Away:
@@ -101,6 +102,51 @@ def test_from_wait_to_fail_the_requests_end_and_back_they_wait(away: Away) -> No
     away.come_back()
     away.machine.queue.run(*requests)
     assert {request.status for request in requests} == {OK}
+
+
+def test_a_setting_outlives_the_server(tmp_path: Path) -> None:
+    """Requests that wait because of a setting made during the outage, wait on at the next server: nothing of it is in the
+    words the server is started with. What a server is not given any more, a filter, is not in its way."""
+    server, machine = Server(tmp_path, filters=["faults"]), Machine()
+    frontend = FakeFrontend.connect(server.socket)
+    frontend.negotiate()
+    area = frontend.get_inflight(1, machine.queue.num)
+    assert frontend.set_inflight(area) == 0
+    assert frontend.set_memory(machine.queue.region) == 0
+    frontend.start_queue(0, machine.queue)
+    server.call("set", values={"on-error": "wait", "faults.error": "EIO"})
+    requests = [machine.queue.request(IN, 8 * i, into=4096) for i in range(4)]
+    machine.queue.kick()
+
+    def until_waiting() -> None:
+        deadline = time.monotonic() + 10
+        while (info := server.call("info"))["phase"] != "waiting" or info["waiting"]["requests"] < 4:
+            assert time.monotonic() < deadline, info
+            time.sleep(0.01)
+
+    until_waiting()
+    server.kill()
+    frontend.close()
+    server.start()
+    frontend = machine.boot(server, inflight=area)
+    until_waiting()
+    server.call("set", values={"faults.error": ""})
+    machine.queue.run(*requests)
+    assert [request.status for request in requests] == [OK] * 4
+    server.kill()
+    frontend.close()
+    server._spec["filters"] = []
+    server.start()
+    info = server.call("info")
+    assert (info["policy"]["on_error"], info["filters"]) == ("wait", [])
+    assert "what was set before, faults.error=, is not any more" in server.text()
+    server.call("detach")
+    assert server.process.wait(10) == 0
+    server.start()
+    assert server.call("info")["policy"]["on_error"] == "fail"  # detached is detached
+    assert server.stop() == Exit.OK
+    area.close()
+    machine.close()
 
 
 @pytest.mark.parametrize("end", ["detach", "term"])

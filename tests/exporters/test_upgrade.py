@@ -26,7 +26,7 @@ from vduse_blk.exporters.vhost_user.messages import Request
 from vduse_blk import control
 from vduse_blk.control import ControlError, Exit, Hangup
 from vduse_blk.exporter import KILL_ENV
-from vduse_blk.testing.driver import OK
+from vduse_blk.testing.driver import IOERR, OK
 from vduse_blk.testing.frontend import FakeFrontend
 
 Serve = Callable[..., Server]
@@ -320,6 +320,181 @@ def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> No
     assert machine.queue.read(0, 4096) == (OK, bytes(4096))
     frontend.close()
     detach(server)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_what_is_set_during_an_upgrade_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The new server was started with the settings of before. What is set while it imports everything, and what SIGHUP
+    reads, are those of whoever serves the disk afterwards, and of the one after that."""
+    monkeypatch.setenv(control.SETTINGS_ENV, str(tmp_path))
+    server = Server(tmp_path, filters=["faults"])
+    environment = f"{KILL_ENV}=reopened" if fails else "NOTHING=1"
+    script = 'while ! [ -e "$0" ]; do sleep 0.02; done; exec "$@"'
+    command = ["sh", "-c", script, str(tmp_path / "go"), "env", environment, *COMMAND]
+    said: list[object] = []
+
+    def ask() -> None:
+        try:
+            said.append(upgrade(server, *command)["pid"])
+        except ControlError as error:
+            said.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 10
+    while "successor" not in control.read_state("d"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    server.call("set", values={"on-error": "wait", "faults.delay": "0.01ms"})
+    (tmp_path / "d.settings").write_text("on-full=wait\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.call("ping")  # the signal has come: it was sent before
+    (tmp_path / "go").touch()
+    asking.join(30)
+    pid = owner(server)
+    assert said == [pid] if not fails else pid == server.process.pid
+
+    def check() -> None:
+        deadline = time.monotonic() + 10
+        while (info := server.call("info"))["policy"] != {"on_error": "wait", "on_full": "wait"}:
+            assert time.monotonic() < deadline, info
+            time.sleep(0.01)
+        assert info["filters"][0]["options"] == "delay=0.00001"
+
+    check()
+    (tmp_path / "d.settings").unlink()
+    assert upgrade(server)["pid"] == owner(server)
+    check()
+    detach(server)
+
+
+@both_paths
+def test_lost_data_stays_lost(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """The kernel tells of lost data once. Every flush after it fails: after an upgrade that failed, one that was done, a
+    death, a start whose storage was away, and a restart of the service; until the disk is detached. What C notes is in
+    tests/core/test_target_file.py; here the mark is set for it, in the memory it shares with whoever looks."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "real = os.fdatasync\n"
+        "def once(fd):\n"
+        f"    if os.path.exists({str(tmp_path / 'fail')!r}):\n"
+        f"        os.unlink({str(tmp_path / 'fail')!r})\n"
+        "        raise OSError(5, 'Input/output error')\n"
+        "    real(fd)\n"
+        "os.fdatasync = once\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    server = Server(tmp_path, path=path)
+    frontend = machine.boot(server)
+
+    def check(*, lost: bool) -> None:
+        assert machine.queue.write(0, bytes(4096)) == OK
+        assert machine.queue.flush() == (IOERR if lost else OK)
+
+    def start_again() -> None:
+        nonlocal frontend
+        frontend.close()
+        server.start()
+        machine.queue.reset_ring()
+        frontend = machine.boot(server)
+
+    check(lost=False)
+    mark = tmp_path / "run" / "d" / "lost"
+    if path == "plugin":
+        (tmp_path / "fail").touch()
+        check(lost=True)
+        assert not (tmp_path / "fail").exists()
+    else:
+        with mark.open("r+b") as file:
+            file.write(b"\1")
+    check(lost=True)
+    assert mark.read_bytes() == b"\1\0\0\0"
+    with pytest.raises(ControlError, match="signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=reopened")
+    check(lost=True)
+    said = upgrade(server)
+    assert server.process.wait(10) == 0
+    check(lost=True)
+    with control.server_process(said["pid"]) as end:
+        os.kill(said["pid"], signal.SIGKILL)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    server.image.rename(tmp_path / "away")
+    with pytest.raises(AssertionError, match="does not exist"):
+        server.start()
+    (tmp_path / "away").rename(server.image)
+    start_again()
+    check(lost=True)
+    assert "data is lost; every flush fails until the disk is detached" in server.text()
+    server.call("set", values={"on-error": "wait"})
+    assert server.stop() == Exit.OK  # a restart, under a front-end that connects again
+    start_again()
+    check(lost=True)
+    assert server.call("info")["policy"]["on_error"] == "wait"
+    server.call("detach", force=True)
+    assert server.process.wait(10) == 0
+    start_again()
+    check(lost=False)
+    frontend.close()
+    assert server.stop() == Exit.OK
+
+
+def test_a_mark_of_lost_data_is_the_storages(tmp_path: Path, machine: Machine) -> None:
+    """Other storage under the name of a disk that died has lost nothing."""
+    server = Server(tmp_path)
+    server.kill()
+    (tmp_path / "run" / "d" / "lost").write_bytes(b"\1\0\0\0")
+    server._spec["source"] = f"file:{tmp_path / 'other.img'}?size=8M"
+    server.start()
+    frontend = machine.boot(server)
+    assert machine.queue.flush() == OK
+    frontend.close()
+    assert server.stop() == Exit.OK
+
+
+@pytest.mark.parametrize("words", ["source", "option"])
+def test_a_size_was_for_making_the_disk(tmp_path: Path, words: str) -> None:
+    """A disk that was made with a size and has grown is upgraded, served on after an upgrade that failed, and served again
+    after its server was killed, with the words it was made with."""
+    image = tmp_path / "made.img"
+    given = {"source": f"file:{image}?size=1M"} if words == "source" else {"source": str(image), "size": MIB}
+    server = Server(tmp_path, **given)
+    server.call("resize", size=2 * MIB)
+    with pytest.raises(ControlError, match="signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=reopened")
+    assert server.call("info")["size"] == 2 * MIB
+    said = upgrade(server)
+    assert owner(server) == said["pid"]
+    assert server.process.wait(10) == 0
+    assert server.call("info")["size"] == 2 * MIB
+    with control.server_process(said["pid"]) as end:
+        os.kill(said["pid"], signal.SIGKILL)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    server.start()
+    assert server.call("info")["size"] == 2 * MIB
+    assert server.stop() == Exit.OK
+
+
+def test_a_start_that_fails_leaves_what_was_left(tmp_path: Path) -> None:
+    """A disk whose server died, and whose storage is away when the next one starts, is still known as one that was served:
+    its file is not made anew, and the one after that serves it, or it is detached."""
+    image = tmp_path / "made.img"
+    server = Server(tmp_path, source=f"file:{image}?size=1M")
+    server.call("resize", size=2 * MIB)
+    server.kill()
+    image.rename(tmp_path / "away")
+    with pytest.raises(AssertionError, match="does not exist"):
+        server.start()
+    assert server.process.wait(10) != 0
+    assert not image.exists()
+    assert control.disk_status("d").state == "dead"
+    (tmp_path / "away").rename(image)
+    server.start()
+    assert server.call("info")["size"] == 2 * MIB
+    server.call("detach")
+    assert server.process.wait(10) == 0
+    assert not (tmp_path / "run" / "d").exists()
 
 
 def test_storage_that_ends_with_its_server_is_refused(serve: Serve) -> None:

@@ -131,6 +131,18 @@ class TestNaming:
         assert parse_filter(f"{name}?{write_values(options)}") == (name, options)
         assert write_values(make_options("faults", FaultsFilter.Options, {})) == ""
 
+    @pytest.mark.parametrize(
+        "text", ["delay=0.01ms", "delay=0.00000012", "probability=0.00001", "probability=0.1234567890123"]
+    )
+    def test_small_numbers_survive_it_too(self, text: str) -> None:
+        """As text, for the next server, and as numbers, where another option changes: neither knows an exponent."""
+        name, options = parse_filter(f"faults?{text}")
+        written = write_values(options)
+        assert "e" not in written.partition("=")[2], written
+        assert parse_filter(f"{name}?{written}") == (name, options)
+        numbers = {"delay": options.delay, "probability": options.probability}
+        assert make_options(name, FaultsFilter.Options, numbers) == options
+
 
 class TestFaults:
     def test_errors_by_operation_range_and_count(self) -> None:
@@ -281,5 +293,3 @@ def test_a_page_of_documentation_names_every_option() -> None:
         page = (Path(__file__).parents[2] / f"docs/filters/{name}.md").read_text()
         for key in registry.filter(name).Options.__dataclass_fields__:
             assert f"`{key}`" in page, f"docs/filters/{name}.md does not mention {key}"
-
-

@@ -358,6 +358,23 @@ class TestTakingOver:
         server.until("serving")
         assert server.call("info")["queue_count"] == 5
 
+    def test_what_was_set_live_is_the_disks(self, start: Start) -> None:
+        """Until it is detached; the successor is started with the words of the first."""
+        server = start(**KEPT)
+        server.until("serving")
+        server.call("set", values={"on-error": "wait", "on-full": "wait"})
+        server.call("set", values={"on-full": ""})
+        server.process.kill()
+        server.process.wait()
+        server = start(**KEPT)
+        server.until("serving")
+        assert server.call("info")["policy"] == {"on_error": "wait", "on_full": "fail"}
+        server.call("detach")
+        assert server.process.wait(30) == 0
+        server = start(**KEPT)
+        server.until("serving")
+        assert server.call("info")["policy"] == {"on_error": "fail", "on_full": "fail"}
+
     @pytest.mark.parametrize("damage", ["lost", "damaged", "cut", "public", "another", "version", "link"])
     def test_a_description_that_cannot_be_trusted_is_not(self, damage: str, start: Start, run_dir: Path) -> None:
         killed(start)

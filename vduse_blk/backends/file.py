@@ -105,7 +105,7 @@ class FileBackend(Backend):
         self._is_block_device = False
         self._align = 1  # of offset and length of direct I/O
         self._refused: set[int] = set()  # fallocate modes this storage does not know
-        self._lost = bytearray(4)  # FileTarget.lost
+        self._lost = memoryview(bytearray(4))  # FileTarget.lost
 
     def __str__(self) -> str:
         return self.options.path
@@ -158,6 +158,9 @@ class FileBackend(Backend):
 
     def is_temporary(self, error: OSError) -> bool:
         return error.errno in TEMPORARY
+
+    def remember_losses(self, mark: memoryview) -> None:
+        self._lost = mark
 
     # --------------------------------------------------------------------------- opening, on a thread of its own
 

@@ -185,6 +185,12 @@ class Backend(ABC):
         """Whether the same request may succeed later. Never asked about a ``PermanentError``."""
         return False
 
+    def remember_losses(self, mark: memoryview) -> None:
+        """``mark``, 4 bytes, is not zero once a flush has lost data, and outlives this process: who opens the storage again,
+        for the same disk, is given it, and fails every flush. Called before ``open``, if at all; storage whose flushes lose
+        nothing when they fail, or that remembers by itself, has no use for it."""
+        return
+
     def let_go(self, leaving: bool) -> None:
         """The disk is about to go, or (``leaving`` False) stays after all: meanwhile nothing may wait without a limit."""
         return
@@ -254,6 +260,9 @@ class PassthroughFilter(Filter):
     def is_temporary(self, error: OSError) -> bool:
         return self.below.is_temporary(error)
 
+    def remember_losses(self, mark: memoryview) -> None:
+        self.below.remember_losses(mark)
+
     def let_go(self, leaving: bool) -> None:
         self.below.let_go(leaving)
 
@@ -277,6 +286,9 @@ class TransformFilter(Filter):
 
     @abstractmethod
     def is_temporary(self, error: OSError) -> bool: ...
+
+    @abstractmethod
+    def remember_losses(self, mark: memoryview) -> None: ...
 
     @abstractmethod
     def let_go(self, leaving: bool) -> None: ...

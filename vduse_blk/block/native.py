@@ -16,7 +16,7 @@ class FileTarget:
 
     fd: int
     is_block_device: bool
-    lost: bytearray | None = None
+    lost: bytearray | memoryview | None = None
     temporary: frozenset[int] = frozenset()
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING
+from decimal import Decimal
 from types import UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
 from urllib.parse import quote, unquote
@@ -147,7 +148,7 @@ def write_values(options: Any) -> str:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value != field.default:
-            text = f"{value:.12g}" if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
+            text = _text_of(int(value) if isinstance(value, bool) else value)
             items.append(f"{field.name}={quote(text, safe='')}")
     return "&".join(items)
 
@@ -231,6 +232,11 @@ def _hints(options: type) -> dict[str, object]:
     return result
 
 
+def _text_of(value: object) -> str:
+    """As a user writes it: numbers without an exponent, and not rounded."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+
+
 def _convert(key: str, hint: object, value: object) -> object:
     if hint is bool:
         if isinstance(value, bool):
@@ -253,12 +259,13 @@ def _convert(key: str, hint: object, value: object) -> object:
         raise UserError(f"{key}: {value!r} is not usable; accepted are whole numbers from 0")
     if hint == _DURATION:
         try:
-            return parse_duration(value if isinstance(value, str) else f"{value}")
+            return parse_duration(_text_of(value))
         except UserError as error:
             raise UserError(f"{key}: {str(error).partition(': ')[2]}") from None
     if hint == _SHARE:
-        if not isinstance(value, bool) and _SHARE_TEXT.fullmatch(str(value)) and 0 <= float(str(value)) <= 1:
-            return float(str(value))
+        text = _text_of(value)
+        if not isinstance(value, bool) and _SHARE_TEXT.fullmatch(text) and 0 <= float(text) <= 1:
+            return float(text)
         raise UserError(f"{key}: {value!r} is not usable; accepted are numbers from 0 to 1 (0.25)")
     if isinstance(value, str) and value and "\0" not in value:
         return value

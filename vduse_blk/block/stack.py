@@ -152,6 +152,10 @@ class Stack:
             self.patience.close()
             await self._guard("abandon", self._backend.abandon())
 
+    def remember_losses(self, mark: memoryview) -> None:
+        """See ``Backend.remember_losses``."""
+        self._backend.remember_losses(mark)
+
     def let_go(self, leaving: bool) -> None:
         """The disk is about to go, so requests that wait fail at once; or (``leaving`` False) it stays after all."""
         self.patience.let_go(leaving)

@@ -4,7 +4,7 @@ The old server starts the new one with one end of a socket pair (``WorkerSpec.up
 file to the other. In order:
 
     new → old   ready      everything is imported; the disk is served by the old one
-    old → new   (the disk) at rest, its storage closed: the lock of its directory, its exports
+    old → new   (the disk) at rest, its storage closed: the lock of its directory, its exports, what was set live
     new → old   starting   the storage is open and what came is understood: from here on requests may be begun
     new → old   serving    its requests are served
     old → new   yours      or its end: only now may anything be taken that could not be given back

@@ -22,11 +22,11 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import __version__, control, record, registry
+from vduse_blk import __version__, control, record
 from vduse_blk.block.contract import Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
@@ -41,6 +41,7 @@ from vduse_blk.worker import settings
 from vduse_blk.worker.handover import VERSION, Line, Successor
 from vduse_blk.worker.notify import ReadyPipe, notify_systemd
 from vduse_blk.worker.process import harden
+from vduse_blk.worker.remains import Remains, settings_of
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -97,6 +98,11 @@ class Worker:
         self._lock = -1
         self._was_open = False
         """The disk was served before, by this server or another."""
+        self._remains: Remains | None = None
+        self._keeps = True
+        self._kept = False
+        """The directory stays for the next server: what an earlier one left, since this start failed (unless the user has
+        the disk detached); or what this one leaves, while a front-end waits."""
         self._inode: int | None = None
         """Of the file that is the storage, when it was opened."""
         self._replaced = False
@@ -118,6 +124,8 @@ class Worker:
         try:
             async with AsyncExitStack() as undo:
                 self._predecessor = self._find_predecessor(wanted)
+                self._remains = Remains(self._spec.name, self._spec.source)
+                self._was_open |= self._remains.was_served
                 self._write_state()
                 reached("locked")
                 if any(export.exporter.for_this_host for export in wanted):
@@ -180,7 +188,7 @@ class Worker:
         return self._end
 
     def _leave_directory(self) -> None:
-        if not self._replaced and not self._is_left():
+        if not self._replaced and not self._kept and not self._is_left():
             control.remove_directory(self._spec.name, locked_fd=self._lock)
             reached("gone")
 
@@ -208,6 +216,10 @@ class Worker:
                     await self._stop_exports()
                 if not self._is_left():
                     await self._close_storage(abandon=True)
+                if self._was_open and self._keeps:
+                    self._kept = True
+                    self._phase = "failed"
+                    self._note_state()
             except Exception:
                 # What went wrong first is what the user hears.
                 log.exception("undoing the start of disk '%s' failed", self._spec.name)
@@ -224,8 +236,11 @@ class Worker:
         if self._given_up is not None:
             raise asyncio.CancelledError
         self._stack = stack = await self._open_storage()
+        assert self._remains is not None
+        spec = settings.restore(stack, spec, self._remains.settings)
         self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
         reached("opened")
+        self._remains.write()
         for text, export in zip(spec.exports, wanted, strict=True):
             before = self._predecessor if export.exporter.for_this_host else None
             queues = spec.queues or (before.queue_count if before is not None else 0)
@@ -304,6 +319,7 @@ class Worker:
             for export in parse_exports(self._spec.exports):
                 if export.exporter.is_left(name):
                     await export.exporter.fail_left(name, directory)
+            self._keeps = False
             raise ControlError(
                 f"the contents of disk '{self._spec.name}' died with its server: its requests were failed and it was "
                 "removed; attach it again for an empty one",
@@ -334,20 +350,21 @@ class Worker:
 
     def _make_stack(self) -> Stack:
         spec = self._spec
-        # A size was for making a file; the file of a disk that was served before is there, and may have grown since.
-        kind = registry.backend(parse_source(spec.source).backend)
-        needs_size = any(f.name == "size" and f.default is MISSING for f in fields(kind.Options))
-        return open_source(
+        assert self._remains is not None
+        stack = open_source(
             spec.source,
             dict(spec.options),
             read_only=spec.read_only,
             block_size=spec.block_size,
-            size=spec.size if not self._was_open or needs_size else None,
+            size=spec.size,
+            made=self._was_open,
             serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
             filters=spec.filters,
             on_error=spec.on_error,
             on_full=spec.on_full,
         )
+        stack.remember_losses(self._remains.lost(keep=self._was_open))
+        return stack
 
     def _put_on_record(self, exporter: Exporter) -> None:
         """Before the kernel is asked for anything that outlives us. Raises ControlError: it is another disk."""
@@ -397,8 +414,16 @@ class Worker:
             self._signal_task = asyncio.get_running_loop().create_task(self._detach_on_signal(number))
 
     def _on_hangup(self) -> None:
-        """Read the administrator's settings of the disk. Nothing of them is taken if one is wrong."""
+        self._hangup_task = asyncio.get_running_loop().create_task(self._read_settings())
+
+    async def _read_settings(self) -> None:
+        """The administrator's, of the disk. Nothing of them is taken if one is wrong."""
         name = self._spec.name
+        async with self._changing:  # the disk may be about to be another server's
+            if self._replaced and self._successor is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._successor, signal.SIGHUP)
+                return
         try:
             values = control.read_settings(name)
             if not values:
@@ -473,7 +498,9 @@ class Worker:
                 raise ControlError(f"disk '{self._spec.name}' is process {self._successor}'s now; try again", Exit.BUSY)
             if self._finished.is_set():
                 return
+            self._kept = signalled and self._is_to_be_remembered()
             if self._start is not None or not self._exports:
+                self._keeps = False
                 self._give_up("detach")
                 await self._undone.wait()
                 if self._is_left():
@@ -541,6 +568,12 @@ class Worker:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             await (stack.abandon() if abandon else stack.close())
+
+    def _is_to_be_remembered(self) -> bool:
+        """Whether users wait for the next server to whom it matters what this one was told and has lost."""
+        if self._remains is None or not self._remains.matter:
+            return False
+        return any(export.endpoint.kind != "block" and export.exporter.users() for export in self._exports)
 
     def _is_left(self) -> bool:
         """Whether something of the disk still exists in the kernel, so that its directory must stay."""
@@ -683,7 +716,9 @@ class Worker:
             exports.append(facts)
             fds += given.fds
         monitor = (self._monitor or os.getppid()) if self._spec.restart != "no" else None
-        self._tell(new, {"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports}, fds)
+        changed = {} if self._remains is None else self._remains.settings  # the new one's specification is older
+        message = {"version": VERSION, "disk": disk, "monitor": monitor, "exports": exports, "settings": changed}
+        self._tell(new, message, fds)
 
     @staticmethod
     def _tell(new: Successor, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -698,8 +733,8 @@ class Worker:
         self._was_open = True
         said = ""
         while self._stack is None:
-            stack = self._make_stack()
             try:
+                stack = self._make_stack()
                 await stack.open()
                 self._stack = stack
             except UserError as error:
@@ -763,6 +798,7 @@ class Worker:
     async def _succeed(self, wanted: list[ExportSpec], line: Line) -> None:
         """Returns when the disk is served by this process. Raises anything, and then it must end."""
         self._was_open = True
+        self._remains = Remains(self._spec.name, self._spec.source)
         stack = self._make_stack()
         if any(export.exporter.for_this_host for export in wanted):
             for problem in harden():
@@ -779,6 +815,9 @@ class Worker:
         self._lock, self._monitor = fds[0], message["monitor"]
         reached("received")
         await stack.open()
+        if "settings" in message:
+            self._remains.settings = settings_of(message["settings"])
+        self._spec = settings.restore(stack, self._spec, self._remains.settings)
         self._stack = stack
         reached("reopened")
         exporters: list[Exporter] = []
@@ -883,10 +922,13 @@ class Worker:
         """Change settings; returns those of the disk now."""
         if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
             raise ControlError(f"values: {values!r} is not usable; accepted is an object of texts", Exit.USAGE)
-        if self._stack is None or not self._exports:
-            raise ControlError(f"disk '{self._spec.name}' is {self._phase}; nothing of it can be set", Exit.BUSY)
+        if self._stack is None or self._remains is None or not self._exports:
+            phase = self._phase if self._successor is None else "being upgraded"
+            raise ControlError(f"disk '{self._spec.name}' is {phase}; nothing of it can be set", Exit.BUSY)
         self._spec = settings.change(self._stack, self._spec, values)
-        self._write_state()  # a successor goes on with them
+        self._remains.settings |= values  # a successor goes on with them
+        self._remains.write()
+        self._write_state()
         log.info("disk '%s' has settings %s", self._spec.name, " ".join(f"{key}={value}" for key, value in values.items()))
         return self._settings(self._stack)
 

@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +18,8 @@ from vduse_blk.block.options import make_options, parse_values, write_values
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
 from vduse_blk.control import WorkerSpec
+
+log = logging.getLogger("vduse_blk.disk")
 
 _DEFAULTS = {"on_error": None, "on_full": "fail"}
 
@@ -51,6 +54,17 @@ def change(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> WorkerS
     for kind, query in ((filter.kind, write_values(filter.options)) for filter in filters.values()):
         texts.append(f"{kind}?{query}" if query else kind)
     return dataclasses.replace(changed, filters=tuple(texts))
+
+
+def restore(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> WorkerSpec:
+    """``change`` to what was set in another server of the disk. What this one does not know (a filter that it was not given,
+    an option of another version) is said in the log: a disk that is not served at all would be worse."""
+    for key, value in values.items():
+        try:
+            spec = change(stack, spec, {key: value})
+        except UserError as error:
+            log.warning("disk '%s': what was set before, %s=%s, is not any more: %s", spec.name, key, value, error)
+    return spec
 
 
 def _changed_options(layer: Filter, given: Mapping[str, str]) -> Any:
