@@ -465,7 +465,7 @@ class Worker:
             try:
                 if isinstance(why, _NotDrained):
                     raise why
-                await self._drain()
+                await self._drain(self._exports)
             except ControlError as error:
                 # To stop the queues would be to fail it. It is marked in the in-flight log, and done by the next server.
                 log.warning("%s: %s; left to the next server as it is: %s", signal_name, why, error)
@@ -517,8 +517,13 @@ class Worker:
                         elif not signalled or self._is_waiting():
                             self._check_unused(export)
                         elif export.exporter.users() and stack.fence is Fence.OPEN:
-                            await self._drain_for_good()
+                            await self._drain_for_good(export)
                 await self._stop_exports()
+            except BaseException:
+                for export in self._exports:
+                    if export.exporter.hands_over:
+                        export.exporter.hold(False)
+                raise
             finally:
                 for claim in claims:
                     os.close(claim)
@@ -533,14 +538,12 @@ class Worker:
             finally:
                 self._finished.set()
 
-    async def _drain_for_good(self) -> None:
-        """Before the end, for users that wait for the next server. Raises _NotDrained with the disk served on."""
+    async def _drain_for_good(self, export: _Export) -> None:
+        """Before the end of an export whose users wait for the next server. The others go on: a disk of this host writes
+        until it is gone. Raises _NotDrained; the export is held."""
         try:
-            await self._drain()
+            await self._drain([export])
         except ControlError as error:
-            for export in self._exports:
-                if export.exporter.hands_over:
-                    export.exporter.hold(False)
             raise _NotDrained(str(error), Exit.BUSY) from error
 
     async def _stop_exports(self) -> None:
@@ -651,7 +654,7 @@ class Worker:
                 version = (await asyncio.to_thread(new.expect, ["ready"], patience)).get("program")
                 reached("upgrade-ready")
                 began = time.monotonic()
-                await self._drain()
+                await self._drain(self._exports)
                 handed = []
                 for export in self._exports:
                     at_rest.append(export.exporter)
@@ -693,10 +696,10 @@ class Worker:
                 raise ControlError(sentence, unsettled.exit_code) from unsettled
             return {"pid": new.process.pid, "version": version, "pause": said["at"] - began}
 
-    async def _drain(self) -> None:
+    async def _drain(self, exports: list[_Export]) -> None:
         """Begin nothing new, and wait until nothing is in flight. Raises ControlError."""
         deadline = time.monotonic() + _DRAINING
-        exporters = [export.exporter for export in self._exports if export.exporter.hands_over]
+        exporters = [export.exporter for export in exports if export.exporter.hands_over]
         while True:
             for exporter in exporters:
                 exporter.hold(True)  # again and again: drivers start queues meanwhile
