@@ -1,7 +1,7 @@
 """detach --force is done soon whatever the server does, and the name is free afterwards.
 
-The 5 seconds that are promised are held to where nothing is emulated, by the unit tests of the command; an emulated
-machine needs several just to start an interpreter.
+The 5 seconds that are promised are held to where nothing is emulated, by the unit tests of the command. An emulated machine
+may need as many just to start an interpreter, so what that takes here and now is allowed on top.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from pyvduse.device import Device
 from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
 
 MIB = 1 << 20
-_SOON = 20.0
+_STARTS = 4
+"""A command that removes a disk by force imports this many times what `list` does."""
+
+
+def remove_soon() -> None:
+    """Remove disk k by force, within 5 seconds and what starting commands takes on this machine as it is now."""
+    began = time.monotonic()
+    cli("list")
+    most = 5 + _STARTS * (time.monotonic() - began)
+    began = time.monotonic()
+    done = cli("detach", "k", "--force")
+    assert time.monotonic() - began < most, done.stderr
 
 
 @contextmanager
@@ -35,11 +46,7 @@ def writer(device: str) -> Iterator[None]:
 
 def force(tmp_path: Path) -> None:
     """Remove disk k, in time, and attach another of its name."""
-    began = time.monotonic()
-    done = cli("detach", "k", "--force")
-    took = time.monotonic() - began
-    assert took < _SOON, done.stderr
-    (tmp_path / "took").write_text(f"{took:.1f}")
+    remove_soon()
     assert_nothing_left("k")
     cli("attach", image(tmp_path / "other.img", 16 * MIB), "--name", "k")
     cli("detach", "k")
@@ -136,9 +143,7 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
         stuck.stop()
         with writer(device):
             wait_until(lambda: hangs(first), "the server hangs")
-            began = time.monotonic()
-            done = cli("detach", "k", "--force")
-            assert time.monotonic() - began < _SOON, done.stderr
+            remove_soon()
         remnant = ["/dev/vduse/k", "/sys/class/vduse/k"]
         assert leftovers("k") == remnant
         assert is_open("k")
