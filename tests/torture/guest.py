@@ -106,7 +106,8 @@ class Ours:
         return int(self._state().get("pid", 0))
 
     def _is_served(self) -> bool:
-        return self._state().get("phase") == "serving" and is_alive(self._pid())
+        state = self._state()  # once: two looks would take the phase of one server and the process of the next
+        return state.get("phase") == "serving" and is_alive(int(state.get("pid", 0)))
 
     def kill(self, *, again_after: float | None) -> int:
         """Kill the server, see to the next one. ``again_after``: kill that one, too, so many seconds after its start, and go
@@ -129,7 +130,7 @@ class Ours:
         wait(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
         event = [event for event in control.read_events(self.name) if event["event"] == "taken over"][-1]
         if event["pid"] != self._pid():
-            raise Wrong(f"the trace has no word of the server {self._pid()}")
+            raise Wrong(f"{self.name}: the trace has no word of the server {self._pid()}, but {event}")
         if killed == 1 and event["replayed"] > popped:
             raise Wrong(f"the log had {popped} requests in flight, {event['replayed']} were replayed")
         self._counts[f"by {self._by}"] += 1
@@ -338,8 +339,9 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
                 ]
             for mine in counters:
                 counts.update(mine)
-            for future in futures:
-                future.result()
+            wrongs = [str(error) for future in futures if (error := future.exception()) is not None]
+            if wrongs:
+                raise Wrong("; ".join(wrongs))
             run("umount", mount)
             checked = run("e2fsck", "-fn", disks[1].device, check=False)
             if checked.returncode:
