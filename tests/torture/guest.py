@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven
-from vduse_blk import control
-from vduse_blk.control import ControlError
+from vduse_blk.control import notes
+from vduse_blk.control.errors import ControlError
 
 MIB = 1 << 20
 SIZE = 96 * MIB
@@ -98,7 +98,7 @@ class Ours:
 
     def _state(self) -> dict[str, Any]:
         try:
-            return control.read_state(self.name)
+            return notes.read_state(self.name)
         except ControlError:
             return {}
 
@@ -128,7 +128,7 @@ class Ours:
             kill(self._pid())
             killed = 2
         wait(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
-        event = [event for event in control.read_events(self.name) if event["event"] == "taken over"][-1]
+        event = [event for event in notes.read_events(self.name) if event["event"] == "taken over"][-1]
         if event["pid"] != self._pid():
             raise Wrong(f"{self.name}: the trace has no word of the server {self._pid()}, but {event}")
         if killed == 1 and event["replayed"] > popped:

@@ -26,13 +26,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import __version__, control, record
+from vduse_blk import __version__, record
 from vduse_blk.block.contract import Fence
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import Holder, holders_of
 from vduse_blk.block.options import write_values
 from vduse_blk.block.stack import Stack
-from vduse_blk.control import ControlError, Exit, WorkerSpec
+from vduse_blk.control import messages, notes, rundir
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.messages import MAX_MESSAGE
+from vduse_blk.control.process import is_dying
+from vduse_blk.control.settings import read_settings, settings_file
+from vduse_blk.control.spec import MAX_SERIAL, MAX_TIMEOUT, TIMEOUT_RULE, WorkerSpec
 from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, HandOver, reached
 from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.record import DiskRecord
@@ -146,7 +151,7 @@ class Worker:
         try:
             if opened is None:
                 return await self._lock_after_the_dying()
-            return control.lock_directory(self._spec.name, opened_fd=opened)
+            return rundir.lock_directory(self._spec.name, opened_fd=opened)
         except ControlError as error:
             if opened is None or error.exit_code != Exit.NOT_FOUND:
                 raise
@@ -160,14 +165,14 @@ class Worker:
         """A killed server has the lock until its last thread leaves the kernel, which may wait there for storage. Raises
         ControlError."""
         name = self._spec.name
-        if not control.is_dying(name):
-            return control.lock_directory(name)
+        if not is_dying(name):
+            return rundir.lock_directory(name)
         log.info("disk '%s': waiting for the last I/O of the dead server, whose process has not ended", name)
         self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
         deadline = time.monotonic() + self._patience().get("timeout", _FENCE)
-        directory = control.open_directory(name)
+        directory = rundir.open_directory(name)
         try:
-            while control.is_dying(name):
+            while is_dying(name):
                 if self._given_up is not None:
                     raise ControlError(f"the start was given up: {self._given_up}", Exit.FAILED)
                 if time.monotonic() >= deadline:
@@ -177,7 +182,7 @@ class Worker:
                         Exit.BUSY,
                     )
                 await asyncio.sleep(0.1)
-            return control.lock_directory(name, opened_fd=directory)  # removed meanwhile, it is not made again
+            return rundir.lock_directory(name, opened_fd=directory)  # removed meanwhile, it is not made again
         finally:
             os.close(directory)
 
@@ -189,7 +194,7 @@ class Worker:
 
     def _leave_directory(self) -> None:
         if not self._replaced and not self._kept and not self._is_left():
-            control.remove_directory(self._spec.name, locked_fd=self._lock)
+            rundir.remove_directory(self._spec.name, locked_fd=self._lock)
             reached("gone")
 
     def _catch_signals(self) -> None:
@@ -238,7 +243,7 @@ class Worker:
         self._stack = stack = await self._open_storage()
         assert self._remains is not None
         spec = settings.restore(stack, spec, self._remains.settings)
-        self._spec = spec = settings.change(stack, spec, control.read_settings(spec.name))
+        self._spec = spec = settings.change(stack, spec, read_settings(spec.name))
         reached("opened")
         self._remains.write()
         for text, export in zip(spec.exports, wanted, strict=True):
@@ -252,7 +257,7 @@ class Worker:
         if self._predecessor is not None:
             replayed = sum(export.exporter.replayed for export in self._exports)
             log.info("disk '%s' is taken over; requests done again: %d", spec.name, replayed)
-            control.add_event(spec.name, event="taken over", pid=os.getpid(), replayed=replayed)
+            notes.add_event(spec.name, event="taken over", pid=os.getpid(), replayed=replayed)
         if self._given_up is not None:
             raise asyncio.CancelledError  # it came too late to interrupt the export's start
         self._phase = "serving"
@@ -261,7 +266,7 @@ class Worker:
         places = ", ".join(export.endpoint.path for export in self._exports)
         log.info("disk '%s' is %s", spec.name, places)
         facts = self._summary()
-        if not self._ready.write(control.ready_line(facts.pop("device"), **facts)):
+        if not self._ready.write(messages.ready_line(facts.pop("device"), **facts)):
             self._given_up = "nobody waits for the disk any more"
             raise asyncio.CancelledError
         notify_systemd(f"READY=1\nSTATUS=serving {places}")
@@ -277,7 +282,7 @@ class Worker:
                 path=spec.path,
                 read_only=export.read_only,
                 own=export.own,
-                directory=control.DiskPaths.of(spec.name).directory,
+                directory=rundir.DiskPaths.of(spec.name).directory,
                 adopt=adopt,
                 **self._patience(),
             ),
@@ -315,7 +320,7 @@ class Worker:
             return stack
         if stack.fence is Fence.LOST:
             # Its users are told now rather than never; what they would find otherwise are zeros.
-            name, directory = self._spec.name, control.DiskPaths.of(self._spec.name).directory
+            name, directory = self._spec.name, rundir.DiskPaths.of(self._spec.name).directory
             for export in parse_exports(self._spec.exports):
                 if export.exporter.is_left(name):
                     await export.exporter.fail_left(name, directory)
@@ -358,7 +363,7 @@ class Worker:
             block_size=spec.block_size,
             size=spec.size,
             made=self._was_open,
-            serial=spec.serial if spec.serial is not None else spec.name[: control.MAX_SERIAL],
+            serial=spec.serial if spec.serial is not None else spec.name[: MAX_SERIAL],
             filters=spec.filters,
             on_error=spec.on_error,
             on_full=spec.on_full,
@@ -425,9 +430,9 @@ class Worker:
                     os.kill(self._successor, signal.SIGHUP)
                 return
         try:
-            values = control.read_settings(name)
+            values = read_settings(name)
             if not values:
-                log.info("SIGHUP: no settings in %s", control.settings_file(name))
+                log.info("SIGHUP: no settings in %s", settings_file(name))
                 return
             self._set(values)
         except (UserError, OSError) as error:
@@ -629,8 +634,8 @@ class Worker:
         ControlError, and then this one serves on."""
         if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
             raise ControlError(f"command: {command!r} is not usable; accepted are lists of texts", Exit.USAGE)
-        if not isinstance(patience, int | float) or not 0 < patience <= control.MAX_TIMEOUT:
-            raise ControlError(f"patience: {patience!r} is not usable; accepted are {control.TIMEOUT_RULE}", Exit.USAGE)
+        if not isinstance(patience, int | float) or not 0 < patience <= MAX_TIMEOUT:
+            raise ControlError(f"patience: {patience!r} is not usable; accepted are {TIMEOUT_RULE}", Exit.USAGE)
         async with self._changing:
             stack, name = self._stack, self._spec.name
             if stack is None or self._phase != "serving":
@@ -777,7 +782,7 @@ class Worker:
                 undo.callback(listening.close)
                 message: dict[str, Any] = {"step": "settled"}
                 try:
-                    os.replace(self._socket_for_later(), control.DiskPaths.of(self._spec.name).socket)
+                    os.replace(self._socket_for_later(), rundir.DiskPaths.of(self._spec.name).socket)
                 except OSError as error:  # the disk is served all the same, and ends by a signal
                     why = f"it has no control socket: {error.strerror}"
                     log.error("disk '%s': %s", self._spec.name, why)
@@ -852,12 +857,12 @@ class Worker:
             present.exporter.attend()
         reached("took-over")
         log.info("disk '%s' is taken over from a server that runs, version %s", self._spec.name, __version__)
-        control.add_event(self._spec.name, event="upgraded", pid=os.getpid(), version=__version__)
+        notes.add_event(self._spec.name, event="upgraded", pid=os.getpid(), version=__version__)
 
     # ------------------------------------------------------------------------------------------ control socket
 
     async def _listen(self, undo: AsyncExitStack) -> None:
-        path = control.DiskPaths.of(self._spec.name).socket
+        path = rundir.DiskPaths.of(self._spec.name).socket
         new = path.with_name("control.new")  # no longer than the final name, which has been checked
         server = await self._bind(new)
         os.replace(new, path)
@@ -865,13 +870,13 @@ class Worker:
 
     def _socket_for_later(self) -> Path:
         """Where a new server listens before the disk is its own: later there may be no room for it any more."""
-        return control.DiskPaths.of(self._spec.name).socket.with_name("control.next")
+        return rundir.DiskPaths.of(self._spec.name).socket.with_name("control.next")
 
     async def _bind(self, path: Path) -> asyncio.Server:
         """Raises ControlError."""
         try:
             path.unlink(missing_ok=True)  # of a dead predecessor: we hold the lock, or the only line to who does
-            server = await asyncio.start_unix_server(self._converse, path, limit=control.MAX_MESSAGE)
+            server = await asyncio.start_unix_server(self._converse, path, limit=MAX_MESSAGE)
             os.chmod(path, 0o600)
         except OSError as error:
             raise ControlError(f"no control socket can be made at {path}: {error.strerror}", Exit.FAILED) from error
@@ -889,37 +894,37 @@ class Worker:
 
     async def _reply(self, line: bytes) -> bytes:
         try:
-            request = control.decode_message(line)
+            request = messages.decode_message(line)
             match request.get("op"):
                 case "ping":
-                    return control.ok_reply(phase=self._phase)
+                    return messages.ok_reply(phase=self._phase)
                 case "info":
-                    return control.ok_reply(**self._info())
+                    return messages.ok_reply(**self._info())
                 case "resize":
-                    return control.ok_reply(size=await self._resize(request.get("size")))
+                    return messages.ok_reply(size=await self._resize(request.get("size")))
                 case "set":
-                    return control.ok_reply(**self._set(request.get("values")))
+                    return messages.ok_reply(**self._set(request.get("values")))
                 case "detach":
                     await self._detach(force=request.get("force") is True)
-                    return control.ok_reply()
+                    return messages.ok_reply()
                 case "upgrade":
-                    return control.ok_reply(**await self._upgrade(request.get("command"), request.get("patience")))
+                    return messages.ok_reply(**await self._upgrade(request.get("command"), request.get("patience")))
                 case other:
                     raise ControlError(
                         f"op: {other!r} is not known; accepted are ping, info, resize, set, detach, upgrade", Exit.USAGE
                     )
         except ControlError as error:
-            return control.error_reply(str(error), error.exit_code, error.holders)
+            return messages.error_reply(str(error), error.exit_code, error.holders)
         except UserError as error:
-            return control.error_reply(str(error), error.exit_code)
+            return messages.error_reply(str(error), error.exit_code)
         except ValueError as error:
-            return control.error_reply(f"the request is not usable: {error}", Exit.USAGE)
+            return messages.error_reply(f"the request is not usable: {error}", Exit.USAGE)
         except OSError as error:
             log.error("%s", error)
-            return control.error_reply(str(error), Exit.FAILED)
+            return messages.error_reply(str(error), Exit.FAILED)
         except Exception as error:
             log.exception("bug while answering %r", line[:200])
-            return control.error_reply(f"bug in the server: {error!r}; its log has more", Exit.FAILED)
+            return messages.error_reply(f"bug in the server: {error!r}; its log has more", Exit.FAILED)
 
     def _set(self, values: object) -> dict[str, Any]:
         """Change settings; returns those of the disk now."""
@@ -1024,7 +1029,7 @@ class Worker:
         return {"phase": "waiting", "waiting": {"requests": waiting.requests, "since": since, "error": error}}
 
     def _write_state(self) -> None:
-        control.write_state(self._spec.name, self._summary() | {"spec": asdict(self._spec)})
+        notes.write_state(self._spec.name, self._summary() | {"spec": asdict(self._spec)})
 
     def _note_state(self) -> None:
         """While the disk is served: it goes on whatever becomes of the run directory."""

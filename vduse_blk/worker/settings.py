@@ -17,7 +17,7 @@ from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import make_options, parse_values, write_values
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
-from vduse_blk.control import WorkerSpec
+from vduse_blk.control.spec import WorkerSpec
 
 log = logging.getLogger("vduse_blk.disk")
 
