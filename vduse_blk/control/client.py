@@ -9,7 +9,7 @@ from typing import Any
 
 from vduse_blk.control.errors import ControlError, Exit, Hangup, NotServed
 from vduse_blk.control.messages import MAX_MESSAGE, decode_message, encode_message
-from vduse_blk.control.rundir import DiskPaths, _in_the_way
+from vduse_blk.control.rundir import DiskPaths, in_the_way
 
 
 class Client:
@@ -96,7 +96,7 @@ def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
     if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
         root = paths.directory.parent
         if os.path.lexists(root) and not root.is_dir():
-            return _in_the_way(root)
+            return in_the_way(root)
         if not paths.directory.is_dir():
             return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
         return NotServed(f"disk '{name}' has no server; its log: {paths.log}", Exit.FAILED)

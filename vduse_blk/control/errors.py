@@ -42,5 +42,6 @@ class Hangup(ControlError):
     """The server ended the conversation, or spoke nonsense, instead of a reply; perhaps it died."""
 
 
-def _unusable(key: str, value: object, accepted: str) -> UserError:
+def unusable(key: str, value: object, accepted: str) -> UserError:
+    """The error (exit 2) of a value that ``key`` cannot have; ``accepted`` says in the plural which it can."""
     return UserError(f"{key}: {value!r} is not usable; accepted are {accepted}", Exit.USAGE)

@@ -1,4 +1,15 @@
-"""Messages of the control socket, and the line with which a server says how its start went."""
+"""Messages of the control socket, and the line with which a server says how its start went.
+
+The socket is a unix stream socket; one JSON object per line in each direction, one reply per request, in order::
+
+    {"op": "detach", "force": false}
+    {"ok": true}  |  {"ok": false, "error": "one sentence", "code": 4, "holders": [...]}
+
+Start. ``attach`` hands a server its ``WorkerSpec`` as JSON on standard input, and in ``ready_fd`` the number
+of an inherited pipe. The server writes exactly one line there and closes it: ``ready_line`` or
+``failure_line``. Before that line either side may give up: a reader that closes its end asks the server to
+undo everything and exit; an end of file without a line means that the server died.
+"""
 
 from __future__ import annotations
 

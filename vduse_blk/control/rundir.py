@@ -1,4 +1,11 @@
-"""The directory of a disk: its name, its files, and the lock that means that the disk is served."""
+"""The directory of a disk: its name, its files, and the lock that means that the disk is served.
+
+Every disk has a directory ``/run/vduse-blk/NAME/`` (0700) with ``state.json``, ``log`` and
+``control.sock``. Its server holds ``flock()`` on the directory itself for as long as it lives, so "is it
+served?" has one answer which the kernel keeps right through any death: the lock. The directory is made before
+anything else of a disk and removed after everything else; whoever removes it does so under that lock, and
+whoever takes the lock checks that the path still leads to what was locked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.control.errors import ControlError, Exit, Served, _unusable
+from vduse_blk.control.errors import ControlError, Exit, Served, unusable
 
 RUN_ENV: Final = "VDUSE_BLK_RUN"
 """Environment variable that moves ``/run/vduse-blk`` elsewhere (tests, unprivileged experiments)."""
@@ -33,7 +40,7 @@ def check_name(name: str) -> str:
     node.
     """
     if _NAME.fullmatch(name) is None or name == "control":
-        raise _unusable(
+        raise unusable(
             "name",
             name,
             "1 to 63 of letters, digits, '_', '.', '-', starting with a letter, a digit or '_', and not 'control'",
@@ -77,7 +84,7 @@ def disk_names() -> list[str]:
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        raise _in_the_way(run_root()) from None
+        raise in_the_way(run_root()) from None
     except PermissionError as e:
         raise ControlError(f"{run_root()}: no permission; run as root", Exit.DENIED) from e
     return sorted(name for name in found if _NAME.fullmatch(name) and name != "control")
@@ -100,7 +107,7 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     except FileExistsError:
         if exclusive:
             raise
-        raise _in_the_way(paths.directory) from None
+        raise in_the_way(paths.directory) from None
     except OSError as e:
         raise ControlError(f"cannot create {paths.directory}: {e.strerror}", Exit.FAILED) from e
     return paths
@@ -110,7 +117,7 @@ def _make_run_root(root: Path) -> None:
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
     except FileExistsError:  # not the disk's name, which would be "taken"
-        raise _in_the_way(root) from None
+        raise in_the_way(root) from None
     check_run_root(root)
 
 
@@ -129,15 +136,16 @@ def check_directory(name: str) -> None:
         pass
 
 
-def _in_the_way(path: Path, wanted: str = "a directory") -> ControlError:
-    return ControlError(f"{path} is in the way: it is not {wanted}", Exit.BUSY)
+def in_the_way(path: Path) -> ControlError:
+    """The error (exit 4) of a path that should be a directory."""
+    return ControlError(f"{path} is in the way: it is not a directory", Exit.BUSY)
 
 
 def _check_owned(directory: Path, forbidden: int) -> None:
     """Refuse a directory that is not ours alone: what we write there a root process reads and obeys."""
     found = os.lstat(directory)
     if not stat.S_ISDIR(found.st_mode):
-        raise _in_the_way(directory)
+        raise in_the_way(directory)
     if found.st_uid == 0 != os.geteuid():  # nothing is wrong with it
         raise ControlError(f"{directory}: no permission; run as root", Exit.DENIED)
     if found.st_uid != os.geteuid() or found.st_mode & forbidden:
@@ -263,7 +271,7 @@ def _open_directory(paths: DiskPaths) -> int | None:
         raise ControlError(f"{paths.directory}: no permission; run as root", Exit.DENIED) from e
     except OSError as e:
         if e.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise _in_the_way(paths.directory) from e
+            raise in_the_way(paths.directory) from e
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.policy import Policy
-from vduse_blk.control.errors import Exit, _unusable
+from vduse_blk.control.errors import Exit, unusable
 from vduse_blk.control.rundir import check_name
 
 PATHS: Final = ("auto", "native", "plugin")
@@ -75,29 +75,29 @@ class WorkerSpec:
         if not self.source:
             raise UserError("source: must not be empty", Exit.USAGE)
         if self.queues is not None and not 1 <= self.queues <= MAX_QUEUES:
-            raise _unusable("queues", self.queues, f"1 to {MAX_QUEUES}")
+            raise unusable("queues", self.queues, f"1 to {MAX_QUEUES}")
         if not MIN_QUEUE_SIZE <= self.queue_size <= MAX_QUEUE_SIZE or self.queue_size & (self.queue_size - 1):
-            raise _unusable("queue-size", self.queue_size, f"powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}")
+            raise unusable("queue-size", self.queue_size, f"powers of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}")
         if self.serial is not None and not (
             self.serial.isascii() and self.serial.isprintable() and 1 <= len(self.serial) <= MAX_SERIAL
         ):
-            raise _unusable("serial", self.serial, f"1 to {MAX_SERIAL} printable ASCII characters")
+            raise unusable("serial", self.serial, f"1 to {MAX_SERIAL} printable ASCII characters")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
-            raise _unusable("block-size", self.block_size, ", ".join(map(str, BLOCK_SIZES)))
+            raise unusable("block-size", self.block_size, ", ".join(map(str, BLOCK_SIZES)))
         unit = self.block_size or BLOCK_SIZES[0]
         if self.size is not None and (self.size <= 0 or self.size % unit):
-            raise _unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
+            raise unusable("size", self.size, f"positive multiples of the block size, {unit} bytes")
         if not self.exports or not all(isinstance(export, str) and export for export in self.exports):
-            raise _unusable("exports", self.exports, "lists of at least one way to present the disk")
+            raise unusable("exports", self.exports, "lists of at least one way to present the disk")
         if not all(isinstance(text, str) and text for text in self.filters):
-            raise _unusable("filters", self.filters, "lists of filters")
+            raise unusable("filters", self.filters, "lists of filters")
         Policy.parse("fail" if self.on_error is None else self.on_error, self.on_full)
         if self.path not in PATHS:
-            raise _unusable("path", self.path, ", ".join(PATHS))
+            raise unusable("path", self.path, ", ".join(PATHS))
         if self.restart not in RESTARTS:
-            raise _unusable("restart", self.restart, ", ".join(RESTARTS))
+            raise unusable("restart", self.restart, ", ".join(RESTARTS))
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
-            raise _unusable("timeout", self.timeout, TIMEOUT_RULE)
+            raise unusable("timeout", self.timeout, TIMEOUT_RULE)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -157,4 +157,4 @@ def _check_type(key: str, value: object) -> None:
         return
     accepted = (int, float) if wanted is float else wanted
     if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
-        raise _unusable(key, value, f"values of type {wanted.__name__}")
+        raise unusable(key, value, f"values of type {wanted.__name__}")
