@@ -26,7 +26,7 @@ from vduse_blk.exporters.vhost_user.messages import Request
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, Hangup
-from vduse_blk.control.process import server_process
+from vduse_blk.control.process import read_stat, server_process
 from vduse_blk.control.settings import SETTINGS_ENV
 from vduse_blk.control.status import disk_status
 from vduse_blk.exporter import KILL_ENV
@@ -593,10 +593,6 @@ runpy.run_module("vduse_blk.worker", run_name="__main__")
 """A new server that hangs when it has got everything but opened nothing."""
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -> None:
     """A new server that hangs with all that was handed over goes with the old one; nothing of the disk is left."""
     server = serve()
@@ -609,7 +605,7 @@ def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -
     asking = threading.Thread(target=ask)
     asking.start()
     deadline = time.monotonic() + 20
-    while (pid := notes.read_state("d").get("successor")) is None or state_of(pid) != "T":
+    while (pid := notes.read_state("d").get("successor")) is None or read_stat(Path(f"/proc/{pid}"))[0] != "T":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with server_process(pid) as end:

@@ -37,6 +37,7 @@ from typing import Any
 from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven
 from vduse_blk.control import notes
 from vduse_blk.control.errors import ControlError
+from vduse_blk.control.process import read_stat
 
 MIB = 1 << 20
 SIZE = 96 * MIB
@@ -72,7 +73,7 @@ def wait(condition: Callable[[], object], what: str, seconds: float = _PATIENCE)
 def is_alive(pid: int) -> bool:
     """A dead process that nobody has waited for is dead."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
     except OSError:
         return False
 

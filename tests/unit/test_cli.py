@@ -28,6 +28,7 @@ from vduse_blk.cli import launch, output
 from vduse_blk.cli.main import COMMANDS, cli
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.process import read_stat
 from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.control.status import all_disks, disk_status
 
@@ -44,10 +45,9 @@ def until(condition: Callable[[], bool]) -> None:
 def is_running(pid: int) -> bool:
     """Whether the process has not ended; one that nobody has waited for yet has ended."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
+    except OSError:
         return False
-    return state not in "ZX"
 
 
 def heed_signals() -> None:

@@ -21,6 +21,7 @@ from vduse_blk.control import messages, notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, NotServed
 from vduse_blk.control.messages import MAX_MESSAGE
+from vduse_blk.control.process import read_stat
 from vduse_blk.control.rundir import DiskPaths
 from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.control.status import all_disks, disk_status
@@ -406,3 +407,14 @@ def test_state_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
 def test_timeouts_that_cannot_be_waited_for(timeout: float) -> None:
     with pytest.raises(UserError, match="timeout: "):
         WorkerSpec(name="d", source="null:1G", timeout=timeout)
+
+
+def test_a_process_may_be_called_anything() -> None:
+    """What is read of a process is its own, not what its name makes of it; nor need the name be text."""
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes(b"x) Z 1 \xff) Z 1")
+    try:
+        assert read_stat(Path("/proc/self"))[:2] == ("R", os.getppid())
+    finally:
+        name.write_bytes(before)

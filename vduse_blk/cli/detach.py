@@ -23,7 +23,7 @@ from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, Hangup, NotServed, Served
-from vduse_blk.control.process import server_process
+from vduse_blk.control.process import read_stat, server_process
 from vduse_blk.exports import parse_exports
 
 DYING_SECONDS: Final = 5.0
@@ -166,10 +166,9 @@ def _successor(name: str, pid: int) -> Iterator[int | None]:
 
 def _parent(pid: int) -> int | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return read_stat(Path(f"/proc/{pid}"))[1]
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[1])
 
 
 def ended(process: int | None, seconds: float) -> bool:
