@@ -425,9 +425,7 @@ class Worker:
         """The administrator's, of the disk. Nothing of them is taken if one is wrong."""
         name = self._spec.name
         async with self._changing:  # the disk may be about to be another server's
-            if self._replaced and self._successor is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._successor, signal.SIGHUP)
+            if self._pass_on(signal.SIGHUP):
                 return
         try:
             values = read_settings(name)
@@ -438,15 +436,22 @@ class Worker:
         except (UserError, OSError) as error:
             log.error("SIGHUP: the settings of disk '%s' are as before: %s", name, error)
 
+    def _pass_on(self, number: int) -> bool:
+        """A signal to whoever serves the disk now; False: that is still this server."""
+        if not self._replaced or self._successor is None:
+            return False
+        log.info("%s: passed on to process %d, which serves the disk now", signal.Signals(number).name, self._successor)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile: there is nobody to end, or to read settings
+            os.kill(self._successor, number)
+        return True
+
     async def _detach_on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         try:
             try:
                 await self._detach(force=False, signalled=True)
             except ControlError as error:
-                if self._replaced and self._successor is not None:
-                    log.info("%s: passed on to process %d, which serves the disk now", name, self._successor)
-                    os.kill(self._successor, number)
+                if self._pass_on(number):
                     return
                 if error.exit_code != Exit.BUSY or not self._exports or self._finished.is_set():
                     raise
