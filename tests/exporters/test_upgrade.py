@@ -583,11 +583,11 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
 
 STOPPED = """
 import os, runpy, signal, sys
-import vduse_blk.worker.serve as serve
+import vduse_blk.worker.upgrade as upgrade
 def reached(step):
     if step == "received":
         os.kill(os.getpid(), signal.SIGSTOP)
-serve.reached = reached
+upgrade.reached = reached
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """A new server that hangs when it has got everything but opened nothing."""
@@ -663,13 +663,13 @@ def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machin
 
 AT_RESTARTED = """
 import os, runpy, sys
-import vduse_blk.worker.serve as serve
+import vduse_blk.worker.upgrade as upgrade
 def reached(step):
     if step == "restarted":
         open(sys.argv[1], "w").close()
         open(sys.argv[1]).read()
         os.kill(os.getpid(), 9)
-serve.reached = reached
+upgrade.reached = reached
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""

@@ -67,6 +67,17 @@ def restore(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> Worker
     return spec
 
 
+def facts(stack: Stack) -> dict[str, Any]:
+    """For ``info``: what is set now."""
+    return {
+        "policy": stack.patience.policy.facts(),
+        "filters": [
+            {"name": name, "options": write_values(layer.options), **layer.facts()}
+            for name, layer in stack.filters.items()
+        ],
+    }
+
+
 def _changed_options(layer: Filter, given: Mapping[str, str]) -> Any:
     """Options of a filter with some of them changed. Raises UserError."""
     fields = dataclasses.fields(layer.Options)
