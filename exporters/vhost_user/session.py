@@ -26,18 +26,15 @@ Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by 
 
 from __future__ import annotations
 
-import errno
 import os
-import select
 import socket
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.eventfd import _is_eventfd, _kept_writable, _signal
 from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
 from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
@@ -50,7 +47,6 @@ MAX_MEM_SLOTS = 509
 """Regions at a time; what the kernel's vhost accepts."""
 _READ_WRITE = 3
 _RING_MAX = 32768
-_STUCK_SECONDS = 0.5
 _ADDRESS = ("flags", "desc", "used", "avail", "log")
 """What a ``VringAddr`` says of a queue."""
 
@@ -718,50 +714,3 @@ def _file(fd: int) -> tuple[int, int]:
     """Which file a descriptor leads to."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
-
-
-def _is_eventfd(fd: int) -> bool:
-    """Anything else could be waited for in other ways than we do, or for ever."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-
-
-def _is_writable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
-def _signal(fd: int) -> None:
-    """Add one to an eventfd that somebody else may have made blocking, and full: then its reader is awake anyway."""
-    try:
-        if _is_writable(fd):
-            os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        pass
-
-
-@contextmanager
-def _kept_writable(fd: int) -> Iterator[None]:
-    """While a queue stops. A front-end may fill its blocking eventfd just when the queue writes to it, and the queue's
-    thread would wait for ever. A full eventfd has woken its reader, so nothing is lost by emptying it."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_STUCK_SECONDS):
-            try:
-                if not _is_writable(fd):
-                    os.eventfd_read(fd)
-            except OSError as error:
-                if error.errno != errno.EAGAIN:
-                    raise
-
-    watcher = threading.Thread(target=watch, name="call-watch", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join(_STUCK_SECONDS)
-        while watcher.is_alive():  # it wanted to read what the front-end has just read
-            _signal(fd)
-            watcher.join(_STUCK_SECONDS)
