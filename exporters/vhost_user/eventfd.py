@@ -16,7 +16,7 @@ from contextlib import contextmanager
 _STUCK_SECONDS = 0.5
 
 
-def _is_eventfd(fd: int) -> bool:
+def is_eventfd(fd: int) -> bool:
     """Anything else could be waited for in other ways than we do, or for ever."""
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
 
@@ -27,7 +27,7 @@ def _is_writable(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _signal(fd: int) -> None:
+def wake(fd: int) -> None:
     """Add one to an eventfd that somebody else may have made blocking, and full: then its reader is awake anyway."""
     try:
         if _is_writable(fd):
@@ -37,7 +37,7 @@ def _signal(fd: int) -> None:
 
 
 @contextmanager
-def _kept_writable(fd: int) -> Iterator[None]:
+def kept_writable(fd: int) -> Iterator[None]:
     """While a queue stops. A front-end may fill its blocking eventfd just when the queue writes to it, and the queue's
     thread would wait for ever. A full eventfd has woken its reader, so nothing is lost by emptying it."""
     done = threading.Event()
@@ -59,5 +59,5 @@ def _kept_writable(fd: int) -> Iterator[None]:
         done.set()
         watcher.join(_STUCK_SECONDS)
         while watcher.is_alive():  # it wanted to read what the front-end has just read
-            _signal(fd)
+            wake(fd)
             watcher.join(_STUCK_SECONDS)

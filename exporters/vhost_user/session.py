@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
-from vduse_blk.exporters.vhost_user.eventfd import _is_eventfd, _kept_writable, _signal
+from vduse_blk.exporters.vhost_user.eventfd import is_eventfd, kept_writable, wake
 from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
 from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
@@ -266,7 +266,7 @@ class Session:
 
     def _vring_fd(self, message: messages.VringFd, fds: list[int]) -> None:
         vring = self._vring(message.index)
-        if fds and not _is_eventfd(fds[0]):
+        if fds and not is_eventfd(fds[0]):
             raise Refused(f"queue {vring.index}: {message.request.name} with something that is no eventfd")
         match message.request:
             case Request.SET_VRING_KICK:
@@ -288,7 +288,7 @@ class Session:
         """Put another file behind the queue's descriptor. Who polls instead gets an eventfd nobody reads."""
         if fds:
             os.dup2(fds[0], vring.notify, inheritable=False)
-            _signal(vring.notify)  # what was signalled to the old one may have been lost with it
+            wake(vring.notify)  # what was signalled to the old one may have been lost with it
             return
         nobody = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.dup2(nobody, vring.notify, inheritable=False)
@@ -353,13 +353,13 @@ class Session:
             queue = self._factory.make(vring.index, True)
             queue.start(setup, self._iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
-        _signal(vring.notify)  # a predecessor may have published and died before it could say so
+        wake(vring.notify)  # a predecessor may have published and died before it could say so
 
     def _stop(self, vring: _Vring) -> None:
         queue = vring.queue
         if queue is None:
             return
-        with _kept_writable(vring.notify):
+        with kept_writable(vring.notify):
             vring.base = queue.stop()
         with self._totals.lock:
             add_counters(self._totals.past.setdefault(vring.index, {}), queue.counters())
@@ -408,7 +408,7 @@ class Session:
             vring.reported = sentence
             self._log.error("%s", sentence)
             if vring.err is not None:
-                _signal(vring.err)
+                wake(vring.err)
 
     # ------------------------------------------------------------------------------------------------- memory
 
