@@ -81,13 +81,93 @@ class _Vring:
 
 
 @dataclass(frozen=True, slots=True)
-class _Memory:
+class _Shared:
     """A region as the front-end described it, which file it is (``fd`` leads there), and where it is mapped."""
 
     wire: MemoryRegion
     file: tuple[int, int]
     fd: int
     mapped: Region
+
+
+class FrontendMemory:
+    """The regions it shares; ``iova`` has them under their guest addresses. ``add``, ``remove`` and ``replace`` copy the
+    descriptors they keep, and raise Refused with nothing changed."""
+
+    def __init__(self) -> None:
+        self.iova = IovaMap()
+        self._shared: list[_Shared] = []
+
+    def replace(self, wanted: list[tuple[MemoryRegion, int]]) -> None:
+        """Make the memory what the table says. What stays the same stays mapped: queues do not notice."""
+        known = {(shared.wire, shared.file): shared for shared in self._shared}
+        kept: list[_Shared] = []
+        added: list[tuple[MemoryRegion, int]] = []
+        for region, fd in wanted:
+            shared = known.pop((region, _file(fd)), None)
+            if shared is not None:
+                kept.append(shared)
+            else:
+                added.append((region, fd))
+        self._change(kept, added, list(known.values()))
+
+    def add(self, region: MemoryRegion, fd: int) -> None:
+        """A region more."""
+        if len(self._shared) >= MAX_MEM_SLOTS:
+            raise Refused(f"more than {MAX_MEM_SLOTS} regions")
+        self._change(self._shared, [(region, fd)], [])
+
+    def remove(self, region: MemoryRegion) -> None:
+        """Returns when nothing in flight can touch it and it is unmapped."""
+        for shared in self._shared:
+            wire = shared.wire
+            if (wire.guest, wire.user, wire.size) == (region.guest, region.user, region.size):
+                self._change([other for other in self._shared if other is not shared], [], [shared])
+                return
+        raise Refused(f"there is no region of {region.size:#x} bytes at {region.guest:#x}")
+
+    def _change(self, kept: list[_Shared], added: list[tuple[MemoryRegion, int]], removed: list[_Shared]) -> None:
+        """Raises Refused, with nothing changed."""
+        users = [shared.wire for shared in kept]
+        for region, _ in added:
+            if any(region.user < other.user + other.size and other.user < region.user + region.size for other in users):
+                raise Refused(f"the region at user address {region.user:#x} overlaps another")
+            users.append(region)
+        ranges = [
+            FdRange(fd, region.guest, region.guest + region.size - 1, region.offset, _READ_WRITE)
+            for region, fd in added
+        ]
+        own: list[int] = []
+        try:
+            own += (os.dup(fd) for _, fd in added)
+            mapped = self.iova.change(add=ranges, remove=[shared.mapped for shared in removed])
+        except OSError as error:
+            for fd in own:
+                os.close(fd)
+            raise Refused(f"memory cannot be mapped: {error}") from error
+        for shared in removed:
+            os.close(shared.fd)
+        self._shared = kept + [
+            _Shared(region, _file(fd), fd, place) for (region, _), fd, place in zip(added, own, mapped, strict=True)
+        ]
+
+    def guest_address(self, user: int) -> int | None:
+        """Of the front-end's address ``user``; None: it is in no region."""
+        for shared in self._shared:
+            if 0 <= user - shared.wire.user < shared.wire.size:
+                return user - shared.wire.user + shared.wire.guest
+        return None
+
+    def regions(self) -> list[tuple[MemoryRegion, int]]:
+        """As ``replace`` takes them; the descriptors stay this object's."""
+        return [(shared.wire, shared.fd) for shared in self._shared]
+
+    def close(self) -> None:
+        """Unmap, and close every descriptor. No queue runs."""
+        self.iova.close()
+        for shared in self._shared:
+            os.close(shared.fd)
+        self._shared.clear()
 
 
 @dataclass(slots=True)
@@ -109,8 +189,7 @@ class Session:
         self._factory = factory
         self._event_fd = event_fd
         self._totals = totals
-        self._iova = IovaMap()
-        self._memory: list[_Memory] = []
+        self._memory = FrontendMemory()
         self._vrings = [
             _Vring(index, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for index in range(virtio.num_queues)
         ]
@@ -160,11 +239,14 @@ class Session:
     def _handle(self, message: messages.Message, fds: list[int]) -> Reply | None:
         match message:
             case messages.MemTable():
-                self._set_memory(list(zip(message.regions, fds, strict=True)))
+                self._memory.replace(list(zip(message.regions, fds, strict=True)))
+                self._settle_all()
             case messages.MemReg() if message.request is Request.ADD_MEM_REG:
-                self._add_memory(message.region, fds[0])
+                self._memory.add(message.region, fds[0])
+                self._settle_all()
             case messages.MemReg():
-                self._remove_memory(message.region)
+                self._memory.remove(message.region)
+                self._settle_all()
             case messages.VringState():
                 return self._vring_state(message)
             case messages.VringAddr():
@@ -312,9 +394,9 @@ class Session:
         enabled = vring.enabled or not self._features >> messages.PROTOCOL_FEATURES & 1
         if vring.kick is None or not enabled or vring.num == 0 or vring.addr is None:
             return None
-        desc = self._guest_address(vring.addr.desc)
-        avail = self._guest_address(vring.addr.avail)
-        used = self._guest_address(vring.addr.used)
+        desc = self._memory.guest_address(vring.addr.desc)
+        avail = self._memory.guest_address(vring.addr.avail)
+        used = self._memory.guest_address(vring.addr.used)
         if desc is None or avail is None or used is None:
             return None
         return QueueSetup(
@@ -336,22 +418,16 @@ class Session:
             dirty_used=vring.addr.log if vring.addr.flags & messages.VRING_LOG else None,
         )
 
-    def _guest_address(self, user: int) -> int | None:
-        for memory in self._memory:
-            if 0 <= user - memory.wire.user < memory.wire.size:
-                return user - memory.wire.user + memory.wire.guest
-        return None
-
     def _start(self, vring: _Vring, setup: QueueSetup) -> None:
         queue = self._factory.make(vring.index, False)
         try:
-            queue.start(setup, self._iova)
+            queue.start(setup, self._memory.iova)
         except OSError as error:
             if self._strict:
                 raise
             self._log.error("queue %d cannot serve the storage (%s); its requests fail", vring.index, error)
             queue = self._factory.make(vring.index, True)
-            queue.start(setup, self._iova)
+            queue.start(setup, self._memory.iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
         wake(vring.notify)  # a predecessor may have published and died before it could say so
 
@@ -409,62 +485,6 @@ class Session:
             self._log.error("%s", sentence)
             if vring.err is not None:
                 wake(vring.err)
-
-    # ------------------------------------------------------------------------------------------------- memory
-
-    def _set_memory(self, wanted: list[tuple[MemoryRegion, int]]) -> None:
-        """Make the memory what the table says. What stays the same stays mapped: queues do not notice."""
-        known = {(memory.wire, memory.file): memory for memory in self._memory}
-        kept: list[_Memory] = []
-        added: list[tuple[MemoryRegion, int]] = []
-        for region, fd in wanted:
-            memory = known.pop((region, _file(fd)), None)
-            if memory is not None:
-                kept.append(memory)
-            else:
-                added.append((region, fd))
-        self._change_memory(kept, added, list(known.values()))
-
-    def _add_memory(self, region: MemoryRegion, fd: int) -> None:
-        if len(self._memory) >= MAX_MEM_SLOTS:
-            raise Refused(f"more than {MAX_MEM_SLOTS} regions")
-        self._change_memory(self._memory, [(region, fd)], [])
-
-    def _remove_memory(self, region: MemoryRegion) -> None:
-        for memory in self._memory:
-            wire = memory.wire
-            if (wire.guest, wire.user, wire.size) == (region.guest, region.user, region.size):
-                self._change_memory([other for other in self._memory if other is not memory], [], [memory])
-                return
-        raise Refused(f"there is no region of {region.size:#x} bytes at {region.guest:#x}")
-
-    def _change_memory(
-        self, kept: list[_Memory], added: list[tuple[MemoryRegion, int]], removed: list[_Memory]
-    ) -> None:
-        """Raises Refused, with nothing changed."""
-        users = [memory.wire for memory in kept]
-        for region, _ in added:
-            if any(region.user < other.user + other.size and other.user < region.user + region.size for other in users):
-                raise Refused(f"the region at user address {region.user:#x} overlaps another")
-            users.append(region)
-        ranges = [
-            FdRange(fd, region.guest, region.guest + region.size - 1, region.offset, _READ_WRITE)
-            for region, fd in added
-        ]
-        own: list[int] = []
-        try:
-            own += (os.dup(fd) for _, fd in added)
-            mapped = self._iova.change(add=ranges, remove=[memory.mapped for memory in removed])
-        except OSError as error:
-            for fd in own:
-                os.close(fd)
-            raise Refused(f"memory cannot be mapped: {error}") from error
-        for memory in removed:
-            os.close(memory.fd)
-        self._memory = kept + [
-            _Memory(region, _file(fd), fd, place) for (region, _), fd, place in zip(added, own, mapped, strict=True)
-        ]
-        self._settle_all()
 
     # -------------------------------------------------------------------------------------------------- config
 
@@ -609,8 +629,8 @@ class Session:
             "writeback": self._virtio.writeback,
             "backend_fd": put(None if self._backend is None else self._backend.fileno()),
             "memory": [
-                {"guest": m.wire.guest, "size": m.wire.size, "user": m.wire.user, "offset": m.wire.offset, "fd": put(m.fd)}
-                for m in self._memory
+                {"guest": region.guest, "size": region.size, "user": region.user, "offset": region.offset, "fd": put(fd)}
+                for region, fd in self._memory.regions()
             ],
             "queues": [
                 {
@@ -646,7 +666,7 @@ class Session:
         if facts["backend_fd"] is not None:
             self._backend = socket.socket(fileno=os.dup(fds[facts["backend_fd"]]))
         regions = [(MemoryRegion(m["guest"], m["size"], m["user"], m["offset"]), fds[m["fd"]]) for m in facts["memory"]]
-        self._change_memory([], regions, [])
+        self._memory.replace(regions)
         self._features, self._protocol, self._status = facts["features"], facts["protocol_features"], facts["status"]
         self._virtio.writeback = facts["writeback"]
         for queue in facts["queues"]:
@@ -669,10 +689,9 @@ class Session:
             os.close(vring.notify)
             if vring.err is not None:
                 os.close(vring.err)
-        self._iova.close()
-        for fd in (*(memory.fd for memory in self._memory), *(fd for fd, _ in self._areas.values())):
+        self._memory.close()
+        for fd, _ in self._areas.values():
             os.close(fd)
-        self._memory.clear()
         self._areas.clear()
         if self._inflight is not None:
             self._inflight.close()
