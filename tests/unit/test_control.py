@@ -201,6 +201,27 @@ class TestDirectory:
         assert os.path.samestat(os.fstat(waiter_fd[0]), DiskPaths.of("d").directory.stat())
         os.close(waiter_fd[0])
 
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_directory_removed_as_it_is_looked_at_is_made_again(self, there: bool) -> None:
+        """A server that starts while `detach` removes the directory it has just found, or made, is no error."""
+        directory = DiskPaths.of("d").directory
+        if there:
+            rundir.make_directory("d")
+        look = os.lstat
+        looks: list[Path] = []
+
+        def remove_first(path: Path) -> os.stat_result:
+            if path == directory and not looks:
+                looks.append(path)
+                assert rundir.remove_directory("d")
+            return look(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "lstat", remove_first)
+            os.close(rundir.lock_directory("d"))
+        assert looks
+        assert directory.is_dir()
+
     def test_a_file_in_the_way_is_one_sentence(self, run_dir: Path) -> None:
         """A run directory in which a file has the disk's name gives a user error, not a traceback."""
         (run_dir / "d").write_text("")

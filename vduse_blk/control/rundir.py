@@ -100,17 +100,29 @@ def make_directory(name: str, *, exclusive: bool = False) -> DiskPaths:
     root = paths.directory.parent
     try:
         _make_run_root(root)
-        paths.directory.mkdir(mode=0o700, exist_ok=not exclusive)
-        _check_owned(paths.directory, 0o077)
+        while not _found_or_made(paths.directory, exclusive):
+            pass
     except PermissionError as e:
         raise ControlError(f"cannot create {paths.directory}: no permission; run as root", Exit.DENIED) from e
-    except FileExistsError:
-        if exclusive:
-            raise
-        raise in_the_way(paths.directory) from None
+    except FileExistsError:  # the name is taken
+        raise
     except OSError as e:
         raise ControlError(f"cannot create {paths.directory}: {e.strerror}", Exit.FAILED) from e
     return paths
+
+
+def _found_or_made(directory: Path, exclusive: bool) -> bool:
+    """False: somebody has removed it meanwhile. Raises FileExistsError only if ``exclusive``."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        if exclusive:
+            raise
+    try:
+        _check_owned(directory, 0o077)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _make_run_root(root: Path) -> None:
