@@ -18,6 +18,7 @@ from pathlib import Path
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
 from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
+from vduse_blk.control.process import read_stat
 
 MIB = 1 << 20
 _STARTS = 4
@@ -103,8 +104,7 @@ class Stuck:
 
 def hangs(pid: int) -> bool:
     """Whether a thread of the process waits uninterruptibly."""
-    found = [stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc", str(pid), "task").glob("*/stat")]
-    return "D" in found
+    return any(read_stat(thread)[0] == "D" for thread in Path(f"/proc/{pid}/task").iterdir())
 
 
 def is_open(device: str) -> bool:
