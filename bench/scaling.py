@@ -163,7 +163,7 @@ def rows_of_disks(
 
 
 def spread(generator: Path, servers: Sequence[Server], words: Sequence[str], seconds: int) -> dict[str, float]:
-    """One generator for each, which begin at one moment. ``iops``: of all together; ``cpu``: of the servers, microseconds per
+    """One generator for each, which begin at one moment. ``iops``: of all together; ``cpu``: microseconds of the servers per
     I/O; ``p99_us``: of the disk where it is the longest.
     """
     begin = math.ceil(time.monotonic()) + 1 + len(servers) // 6  # when all have connected
