@@ -135,8 +135,8 @@ class TestEnding:
         disk.cut()
         requests = disk.reads(8)
         disk.until_waiting(8)
-        time.sleep(1.0)  # the next attempts are far away
-        began = time.monotonic()
+        while (tries := disk.counters()["retries"]) < 8 * 7:  # the next attempts are a second away
+            time.sleep(0.05)
         if how == "policy":
             disk.set(FAIL)
         elif how == "let go":
@@ -152,8 +152,8 @@ class TestEnding:
         else:
             # Removing a range returns when no request can touch it any more.
             disk.iova.remove(disk.driver.base, disk.driver.base + len(disk.driver.memory) - 1)
-        assert disk.driver.wait(0.3 - (time.monotonic() - began)), "nothing was answered"
-        assert time.monotonic() - began < 0.3
+        assert disk.driver.wait(10), "nothing was answered"
+        assert disk.counters()["retries"] < tries + 8  # some may have been just about to be tried
         statuses = [disk.driver.get(request.status_iova, 1)[0] for request in requests]
         assert statuses == [IOERR] * 8
         if how != "stop":

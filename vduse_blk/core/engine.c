@@ -13,8 +13,10 @@
  * style and never read.
  *
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
- * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing. Meanwhile it
- * yields, so who else wants this CPU (the sender of the requests, another disk's server) does not wait for it.
+ * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
+ * done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed,
+ * saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU: the more
+ * often in a row, the longer before it looks again.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
  * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
@@ -43,7 +45,7 @@
 
 enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
 enum { INLINE_BYTES = 128 * 1024 };
-enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000 };
+enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000, SPIN_PAUSE_MOST = 1024 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
 
 struct vb_engine { /* owner: the queue thread once started; control creates and joins */
@@ -60,6 +62,8 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     uint32_t crowd;   /* as many queue threads awake leave no CPU to who sends the requests */
     uint32_t handed_over; /* requests that other CPUs copy now */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
+    uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
+    uint32_t spin_after; /* of these, how many are left */
     pthread_t thread;
     sem_t started;
     int start_error;
@@ -85,22 +89,32 @@ static bool something_to_do(struct vb_engine *engine)
            atomic_load_explicit(&queue->table_next, memory_order_relaxed) != queue->table;
 }
 
+static void stop_spinning(struct vb_engine *engine)
+{
+    if (engine->spin_pause < SPIN_PAUSE_MOST)
+        engine->spin_pause = engine->spin_pause == 0 ? 1 : engine->spin_pause * 2;
+    engine->spin_after = engine->spin_pause;
+    engine->spin_ns = 0;
+}
+
 /* Kicks are off meanwhile. True: there is something to do. */
 static bool spin(struct vb_engine *engine)
 {
-    if (engine->spin_ns == 0)
+    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->crowd)
         return false;
     uint64_t end = now_ns() + engine->spin_ns;
     do {
-        (void)sched_yield();
         for (int i = 0; i < 16; i++) {
             if (something_to_do(engine)) {
                 COUNT(engine->queue->counters.spin_hits, 1);
+                engine->spin_pause /= 2;
                 return true;
             }
             cpu_relax();
         }
     } while (now_ns() < end);
+    if (engine->target.spin == VB_SPIN_AUTO && engine->spin_ns == SPIN_MAX_NS)
+        stop_spinning(engine);
     return false;
 }
 
@@ -120,6 +134,8 @@ static void after_sleep(struct vb_engine *engine, uint64_t slept_at, bool began_
         engine->spin_ns = 0;
     else if (began_io)
         return;
+    else if (engine->spin_after != 0)
+        engine->spin_after--;
     else if (engine->spin_ns == 0)
         engine->spin_ns = SPIN_FIRST_NS;
     else if (engine->spin_ns < SPIN_MAX_NS)
@@ -516,6 +532,8 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
     /* Where there are CPUs that we may not use, they are the sender's. */
     engine->crowd = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
+    if (target->spin == VB_SPIN_ALWAYS)
+        engine->crowd = UINT32_MAX;
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
