@@ -312,6 +312,18 @@ class TestAttach:
         assert "vduse-blk detach m" in done.stderr
         assert control.read_state("m") == {"source": "/x"}
 
+    @pytest.mark.parametrize("fake", ["heir", "slow"])
+    def test_what_is_said_to_be_left_is_true(self, host: Host, fake: str) -> None:
+        """An attach that gave up says that nothing is left only where the disk's directory is gone."""
+        control.make_directory("m")
+        control.write_state("m", {"source": "/x"})
+        code, report = host.json("attach", "null:1G", "--name", "m", "--timeout", "0.5", fake=fake)
+        assert code == 7
+        assert ("nothing is left" in report["error"]) == (host.names() == []) == (fake == "slow")
+        if fake == "heir":
+            assert "the disk 'm' that is there is an earlier server's (`vduse-blk info m` says more)" in report["error"]
+            assert control.read_state("m") == {"source": "/x"}
+
 
 class TestRace:
     """Two attach the same name at once: the loser made the directory, and the winner's server came first."""
@@ -347,17 +359,20 @@ class TestRace:
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         locks: list[int] = []
-        self.lose(tmp_path, monkeypatch, lambda: locks.append(control.lock_directory("m")))
+        error = self.lose(tmp_path, monkeypatch, lambda: locks.append(control.lock_directory("m")))
         assert removed == []
         assert control.is_locked("m")
+        assert "the disk 'm' that is there is another attach's" in str(error)
         os.close(locks[0])
 
     def test_a_winner_that_died_is_left_to_detach(
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its disk was promised to somebody, who may use it."""
-        self.lose(tmp_path, monkeypatch, lambda: control.write_state("m", {"pid": 1}))
+        """Its disk was promised to somebody, who may use it: its directory says what it is."""
+        error = self.lose(tmp_path, monkeypatch, lambda: control.write_state("m", {"pid": 1}))
         assert removed == []
+        assert control.read_state("m") == {"pid": 1}
+        assert "the disk 'm' that is there is another attach's" in str(error)
 
     def test_without_another_what_is_left_is_removed(
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
