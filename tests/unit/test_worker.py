@@ -332,7 +332,8 @@ class TestTakingOver:
     @pytest.mark.parametrize(
         ("change", "difference"),
         [
-            ({"source": "durable:?size=2M"}, r"source: it has 'durable:\?size=1M', not 'durable:\?size=2M'"),
+            ({"source": "durable:?size=2M"}, r"source: the disk has 'durable:\?size=1M', not 'durable:\?size=2M'"),
+            ({"source": "fake:?size=1M"}, r"source: the disk has 'durable:\?size=1M', not 'fake:\?size=1M'"),
             ({"queues": 2}, "queues: the disk has 3, not 2"),
             ({"queue_size": 128}, "queue-size: the disk has 256, not 128"),
             ({"block_size": 4096}, "block-size: the disk has 512, not 4096"),
@@ -350,6 +351,65 @@ class TestTakingOver:
         assert "`vduse-blk detach d --force`" in server.log
         server = start(**KEPT)
         server.until("serving")
+
+    @pytest.mark.parametrize("spelling", ["{path}", "{folder}/./d.img", "file://{folder}//d.img?size=1M", "link", "hard"])
+    def test_a_source_is_what_it_means(self, spelling: str, start: Start, tmp_path: Path) -> None:
+        """The same file by another path, and without the size that it was made with, is the same disk, with what was set;
+        and then by the words it was made with again."""
+        path = tmp_path / "d.img"
+        made: dict[str, Any] = {"source": f"file:{path}?size=1M", "exports": ["kept"]}
+        server = start(**made)
+        server.until("serving")
+        server.call("set", values={"on-error": "wait"})
+        server.process.kill()
+        server.process.wait()
+        source = spelling.format(path=path, folder=tmp_path)
+        if spelling in ("link", "hard"):
+            source = str(tmp_path / spelling)
+            (tmp_path / spelling).symlink_to(path) if spelling == "link" else os.link(path, source)
+        for words in ({**made, "source": source}, made):
+            server = start(**words)
+            server.until("serving")
+            info = server.call("info")
+            assert (info["taken_over"], info["size"], info["policy"]["on_error"]) == (True, 1 << 20, "wait")
+            server.process.kill()
+            server.process.wait()
+
+    @pytest.mark.parametrize(
+        ("source", "size", "difference"),
+        [
+            ("{folder}/other.img", None, r"source: the disk has '\S+/d.img', not '\S+/other.img'"),
+            ("{folder}/missing.img", 1 << 20, r"source: the disk has '\S+/d.img', not '\S+/missing.img'"),
+            ("file:{path}?sync=1", None, "sync: the disk has no, not yes"),
+            ("file:{path}?size=2M", None, "size: the disk has 1048576 bytes, not 2097152"),
+            ("{path}", 2 << 20, "size: the disk has 1048576 bytes, not 2097152"),
+        ],
+    )
+    def test_but_no_other(self, source: str, size: int | None, difference: str, start: Start, tmp_path: Path) -> None:
+        """Another file, though it has the same size; other options; a size that the disk never had."""
+        for name in ("d.img", "other.img"):
+            (tmp_path / name).write_bytes(bytes(1 << 20))
+        made: dict[str, Any] = {"source": str(tmp_path / "d.img"), "exports": ["kept"]}
+        killed(start, **made)
+        server = start(**made | {"source": source.format(path=tmp_path / "d.img", folder=tmp_path), "size": size})
+        assert server.process.wait(30) == Exit.BUSY
+        assert re.search(difference, server.log), server.log
+        assert not (tmp_path / "missing.img").exists()
+        server = start(**made)
+        server.until("serving")
+
+    def test_nor_one_that_has_taken_its_path(self, start: Start, tmp_path: Path) -> None:
+        """Neither by the words of the disk nor by another path to it."""
+        path = tmp_path / "d.img"
+        path.write_bytes(bytes(1 << 20))
+        made: dict[str, Any] = {"source": str(path), "exports": ["kept"]}
+        killed(start, **made)
+        path.rename(tmp_path / "old.img")
+        path.write_bytes(bytes(1 << 20))
+        for source in (path, f"{tmp_path}/./d.img"):
+            server = start(**made | {"source": str(source)})
+            assert server.process.wait(30) == Exit.BUSY
+            assert "is not the same file any more" in server.log
 
     def test_the_default_number_of_queues_is_that_of_the_disk(self, start: Start) -> None:
         """And not what this host or version would choose today."""

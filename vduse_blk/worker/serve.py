@@ -295,8 +295,9 @@ class Worker:
         found = record.read(name)
         if found is None:
             raise self._not_taken_over("what it is was not recorded, or the record is lost")
-        if found.spec.source != self._spec.source:
-            raise self._not_taken_over(f"source: it has {found.spec.source!r}, not {self._spec.source!r}")
+        difference = found.difference_of_source(self._spec)
+        if difference is not None:
+            raise self._not_taken_over(difference)
         self._was_open = True
         return found
 
@@ -374,6 +375,9 @@ class Worker:
             difference = self._predecessor.difference(found)
             if difference is not None:
                 raise self._not_taken_over(difference)
+            if found.made_with is None and self._predecessor.made_with is not None:  # the next one may say it again
+                self._spec = replace(self._spec, size=self._predecessor.made_with)
+                found = replace(found, spec=self._spec)
         record.write(found)
         self._record = found
 
