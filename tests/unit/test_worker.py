@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from vduse_blk import control
 from vduse_blk.block.holders import take_from
-from vduse_blk.cli import launch
+from vduse_blk.cli import launch, show
 from vduse_blk.control import ControlError, Exit
 
 HERE = Path(__file__).parent
@@ -497,6 +499,28 @@ class TestTakingOver:
         assert server.process.wait(30) == Exit.BUSY
         assert "hangs in the kernel" in server.log
         assert (run_dir / "kept").exists()
+
+    def test_one_that_hangs_in_the_kernel_is_shown_as_such(self, start: Start, tmp_path: Path) -> None:
+        """At once, for it will not answer, and with what can be done; as soon as it has ended the disk is dead."""
+        killed(start, source=str(tmp_path / "d.img"), size=1 << 20)
+        hung = Hung()
+        try:
+            listener = socket.socket(socket.AF_UNIX)
+            control.DiskPaths.of("d").socket.unlink()
+            listener.bind(str(control.DiskPaths.of("d").socket))
+            listener.listen()  # as the hanging process, which has its files open, still does
+            shown = CliRunner().invoke(show.info, ["d", "--json"])
+            found = json.loads(shown.stdout)
+            assert (found["state"], found["pid"]) == ("dying", hung.process.pid)
+            assert re.search(
+                "its server was killed and waits in the kernel.*`vduse-blk attach .* --name d .*` waits for its end and "
+                "serves the disk again; `vduse-blk detach d --force` fails its requests and removes it",
+                found["way_out"],
+            )
+            listener.close()
+        finally:
+            hung.end()
+        assert control.disk_status("d").state == "dead"
 
     def test_a_disk_removed_meanwhile_is_not_made_again(self, start: Start, run_dir: Path, hung: Hung) -> None:
         """`detach --force` while a successor waits for the dead server."""
