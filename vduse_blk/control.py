@@ -112,8 +112,16 @@ def check_name(name: str) -> str:
 
 
 def run_root() -> Path:
-    """Directory that holds one directory per disk."""
-    return Path(os.environ.get(RUN_ENV) or DEFAULT_RUN_ROOT)
+    """Directory that holds one directory per disk. Raises ``UserError`` (exit 2)."""
+    return _directory_of(RUN_ENV, DEFAULT_RUN_ROOT)
+
+
+def _directory_of(variable: str, default: str) -> Path:
+    """Relative, it would be another directory for every process: servers work in ``/``."""
+    path = Path(os.environ.get(variable) or default)
+    if not path.is_absolute():
+        raise UserError(f"{variable}: {str(path)!r} is not usable; accepted are absolute paths", Exit.USAGE)
+    return path
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,8 @@ def parse_settings(items: Iterable[str]) -> dict[str, str]:
 
 
 def settings_file(name: str) -> Path:
-    """Where an administrator may keep settings of a disk, for its server to read on SIGHUP."""
-    return Path(os.environ.get(SETTINGS_ENV) or DEFAULT_SETTINGS_ROOT, f"{check_name(name)}.settings")
+    """Where an administrator may keep settings of a disk, for its server to read on SIGHUP. Raises ``UserError``."""
+    return _directory_of(SETTINGS_ENV, DEFAULT_SETTINGS_ROOT) / f"{check_name(name)}.settings"
 
 
 def read_settings(name: str) -> dict[str, str]:

@@ -852,6 +852,23 @@ class TestRunDirectoryInTheWay:
         )
 
 
+class TestRelativeDirectories:
+    """The server, which works in '/', would have another one than the command."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("attach", "null:1G"), ("serve", "null:1G", "--name", "a"), ("list",), ("info", "a"), ("detach", "a"), ("doctor",)],
+    )
+    def test_a_run_directory_is_refused(self, host: Host, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        host.env[control.RUN_ENV] = "run"
+        done = host.run(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "vduse-blk: VDUSE_BLK_RUN: 'run' is not usable; accepted are absolute paths\n",
+        )
+        assert os.listdir(tmp_path) == []
+
+
 def test_the_names_tried_are_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """When all are taken the user is asked for one."""
     monkeypatch.setattr(launch, "MAX_CANDIDATES", 3)

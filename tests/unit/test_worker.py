@@ -245,6 +245,13 @@ class TestSignals:
         assert list(run_dir.iterdir()) == []
 
 
+    def test_a_relative_settings_directory_is_why_there_is_no_disk(self, start: Start, run_dir: Path) -> None:
+        server = start(VDUSE_BLK_ETC="etc")
+        assert server.process.wait(30) == Exit.USAGE
+        assert "VDUSE_BLK_ETC: 'etc' is not usable; accepted are absolute paths" in server.log
+        assert list(run_dir.iterdir()) == []
+
+
 class TestSet:
     def test_settings_change_at_once_and_outlive_the_server(self, start: Start) -> None:
         """What is set is what info shows, and what the state tells a successor; an empty value is the default."""
