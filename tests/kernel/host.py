@@ -96,6 +96,7 @@ def assert_nothing_left(name: str | None = None) -> None:
     """No kernel object, no process, no file of a disk."""
     assert leftovers(name) == []
     assert name is not None or servers() == []
+    assert name is not None or not os.path.exists("/dev/vduse-blk")
 
 
 def servers() -> list[int]:
