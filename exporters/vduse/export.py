@@ -200,9 +200,11 @@ class VduseExporter(Exporter):
         device = self._create(control, names.free_device(self.name))
         inflight = None
         if self.options.directory is not None:
-            inflight = InflightLog.create(
-                self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
-            )
+            path = self.options.directory / INFLIGHT_FILE
+            try:
+                inflight = InflightLog.create(path, self.queue_count, self.options.queue_size)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}", exit_code=1) from error
             self._here.callback(inflight.close)
         self._serve(device, inflight).start()
         reached("served")

@@ -189,19 +189,27 @@ def disk_numbers(disk: str) -> tuple[int, int]:
 
 
 def add_link(name: str, disk: str) -> str:
-    """Make the stable name ``/dev/vduse-blk/NAME`` → ``../DISK``; returns it. Raises OSError."""
+    """Make the stable name ``/dev/vduse-blk/NAME`` → ``../DISK``; returns it. Raises UserError."""
     link = LINKS / name
-    temporary = LINKS / f".{name}.new"
+    try:
+        _make_link(link, f"../{disk}")
+    except OSError as error:
+        raise UserError(f"cannot make {link}: {error.strerror}", exit_code=1) from error
+    return str(link)
+
+
+def _make_link(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.new")
     while True:
         with suppress(FileExistsError):
-            os.mkdir(LINKS, mode=0o755)
+            os.mkdir(link.parent, mode=0o755)
         try:
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(f"../{disk}")
+            temporary.symlink_to(target)
         except FileNotFoundError:
             continue  # another disk was the last one just now, and took the directory with it
         os.replace(temporary, link)  # what is not empty stays
-        return str(link)
+        return
 
 
 def remove_link(name: str) -> None:

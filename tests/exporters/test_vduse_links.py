@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from vduse_blk.exporters.vduse import kernel
 
+from vduse_blk.block.errors import UserError
+
 
 @pytest.fixture
 def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -47,7 +49,7 @@ def test_a_name_is_made_while_the_last_one_goes(links: Path, monkeypatch: pytest
 
 
 def test_what_is_in_the_way_of_the_directory_is_said(links: Path) -> None:
-    """A file there is not waited for."""
+    """A file there is not waited for: one sentence."""
     links.touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(UserError, match=r"^cannot make \S+/vduse-blk/a: Not a directory$"):
         kernel.add_link("a", "vda")
