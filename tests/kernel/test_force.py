@@ -176,6 +176,25 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
     assert_nothing_left()
 
 
+def test_a_monitor_removes_what_its_hanging_server_kept(tmp_path: Path) -> None:
+    """As soon as that has ended: no other disk has to come."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    try:
+        words = ("attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin", "--restart", "on-failure")
+        device = cli(*words).stdout.strip()
+        server = info("k")["pid"]
+        stuck.stop()
+        with writer(device):
+            wait_until(lambda: hangs(server), "the server hangs")
+            remove_soon()
+        assert leftovers("k") == ["/dev/vduse/k", "/sys/class/vduse/k"]
+        stuck.go_on()
+        wait_until(lambda: leftovers("k") == [], "the remnant is removed")
+    finally:
+        stuck.remove()
+    assert_nothing_left()
+
+
 def test_another_programs_device_is_not_taken_for_a_remnant(tmp_path: Path) -> None:
     """Without a vdpa device and open, as a remnant is: an attach of its name is refused, and it stays."""
     disk = image(tmp_path / "disk.img", MIB)
