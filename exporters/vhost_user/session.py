@@ -42,7 +42,7 @@ from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, cr
 from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
 
-from vduse_blk.exporter import HandOver
+from vduse_blk.exporter import HandOver, add_counters
 from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
@@ -707,11 +707,6 @@ class Session:
                 }
             )
         return states
-
-
-def add_counters(total: dict[str, int], more: dict[str, int]) -> None:
-    for key, value in more.items():
-        total[key] = total.get(key, 0) + value
 
 
 def _file(fd: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from vduse_blk.exporters.vhost_user.messages import Request
 
 from vduse_blk import control
 from vduse_blk.control import ControlError, Exit, Hangup
-from vduse_blk.exporter import KILL_ENV
+from vduse_blk.exporter import KILL_ENV, counters_of
 from vduse_blk.testing.driver import IOERR, OK
 from vduse_blk.testing.frontend import FakeFrontend
 
@@ -167,6 +167,76 @@ def test_everything_of_a_session_goes_along(serve: Serve) -> None:
     frontend.close()
     second.close()
     detach(server)
+
+
+OF_AN_OLDER_VERSION = """
+import runpy
+from vduse_blk.exporters.vhost_user.server import FrontendServer
+receive = FrontendServer.receive
+def receive_less(self, handed):
+    del handed.facts["counters"]
+    receive(self, handed)
+FrontendServer.receive = receive_less
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that is told what older ones tell."""
+
+
+@both_paths
+def test_counters_go_along(serve: Serve, path: str) -> None:
+    """Of each queue, of operations, bytes and errors: through an upgrade, one that failed, and of queues that are stopped. A
+    server that is not told begins anew."""
+    server = serve(queues=2, path=path, export="?writable=1")
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+
+    def count() -> list[dict[str, int]]:
+        return [queue["counters"] for queue in server.call("info")["queues"]]
+
+    def use() -> None:
+        assert machine.queues[0].write(0, bytes(4096)) == OK
+        assert machine.queues[1].read(8, 512) == (OK, bytes(512))
+        assert machine.queues[1].write(SIZE // 512, bytes(512)) == IOERR
+
+    def check(times: int) -> None:
+        first, second = count()
+        assert (first["write_ops"], first["write_bytes"], first["read_ops"]) == (times, 4096 * times, 0)
+        assert (second["read_ops"], second["read_bytes"], second["write_errors"]) == (times, 512 * times, times)
+        assert server.call("info")["counters"]["write_bytes"] == 4096 * times
+        assert first["inflight"] == second["inflight"] == 0
+
+    use()
+    check(1)
+    upgrade(server)
+    check(1)
+    use()
+    check(2)
+    with pytest.raises(ControlError, match="signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=received")
+    check(2)
+    use()
+    frontend.close()
+    while server.call("info")["frontend"] is not None:
+        time.sleep(0.01)
+    upgrade(server)
+    check(3)
+    for queue in machine.queues:
+        queue.reset_ring()
+    frontend = machine.boot(server)
+    use()
+    check(4)
+    upgrade(server, sys.executable, "-P", "-c", OF_AN_OLDER_VERSION)
+    use()
+    check(1)
+    frontend.close()
+    machine.close()
+    detach(server)
+
+
+@pytest.mark.parametrize("said", [None, [], {"0": 5}, {"x": {"read_ops": 1}}, {"-1": {"read_ops": 1}}])
+def test_counters_that_cannot_be_any_count_nothing(said: object) -> None:
+    assert not any(counters_of({"counters": said}).values())
+    assert counters_of({"counters": {"1": {"read_ops": 1, "read_bytes": "x", "write_ops": -1}}}) == {1: {"read_ops": 1}}
 
 
 def test_without_a_front_end(serve: Serve, machine: Machine) -> None:
