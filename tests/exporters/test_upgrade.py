@@ -615,6 +615,79 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
         assert end is None or select.select([end], [], [], 10)[0]
 
 
+class Systemd:
+    """Who reads $NOTIFY_SOCKET: datagrams, each with the process that has sent it."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.settimeout(30)
+        self._socket.bind(str(path))
+
+    def message(self) -> tuple[int, str]:
+        text, ancillary, _, _ = self._socket.recvmsg(4096, socket.CMSG_SPACE(12))
+        ((level, kind, credentials),) = ancillary
+        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+        return int(struct.unpack("=iII", credentials)[0]), text.decode()
+
+    def is_silent(self) -> bool:
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+AT_REPLACED = """
+import os, signal
+import vduse_blk.exporter as exporter
+reached = exporter.reached
+def stop(step):
+    reached(step)
+    if step == "replaced":
+        os.kill(os.getpid(), signal.SIGSTOP)
+exporter.reached = stop
+"""
+"""For sitecustomize: an old server stops when the disk is the new one's, before it has told anybody."""
+
+
+def test_what_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old server, which is the unit's main process, says who is it now; only then does the new one say anything, for
+    systemd does not listen to others. An upgrade that fails is nobody's business but the command's."""
+    (tmp_path / "sitecustomize.py").write_text(AT_REPLACED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    systemd = Systemd(tmp_path / "notify")
+    server = Server(tmp_path)
+    old = server.process.pid
+    serving = f"READY=1\nSTATUS=serving {server.socket}"
+    assert systemd.message() == (old, serving)
+    with pytest.raises(ControlError, match="served as before"):
+        upgrade(server, environment=f"{KILL_ENV}=reopened")
+    said: list[int] = []
+    asking = threading.Thread(target=lambda: said.append(upgrade(server)["pid"]))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while state_of(old) != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while (new := owner(server)) == old:
+        assert time.monotonic() < deadline
+    assert systemd.is_silent()
+    server.process.send_signal(signal.SIGCONT)
+    assert systemd.message() == (old, f"MAINPID={new}")
+    assert systemd.message() == (new, serving)
+    asking.join(30)
+    assert said == [new]
+    assert server.process.wait(10) == 0
+    with control.server_process(new) as end:
+        os.kill(new, signal.SIGTERM)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert [systemd.message() for _ in range(2)] == [(new, "STATUS=detaching"), (new, "STOPPING=1")]
+    assert systemd.is_silent()
+    systemd.close()
+
+
 def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
     """A new server whose socket cannot be made is refused while the old one can go on; one whose socket cannot be put into
     its place serves the disk without, says so, and ends by a signal."""

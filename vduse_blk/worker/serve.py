@@ -690,6 +690,7 @@ class Worker:
             except ControlError as error:
                 log.error("%s", error)
                 unsettled = error
+            new.line.close()
             for export in self._exports:
                 await export.exporter.release()
             self._exports.clear()
@@ -789,9 +790,7 @@ class Worker:
                 self._note_state()
                 with contextlib.suppress(OSError):
                     line.send(message)
-                line.close()
-                places = ", ".join(export.endpoint.path for export in self._exports)
-                notify_systemd(f"READY=1\nSTATUS=serving {places}")
+                self._tell_systemd_after(line)
             except BaseException:
                 log.exception("disk '%s': after it was taken over", self._spec.name)
                 logging.shutdown()
@@ -801,6 +800,18 @@ class Worker:
                 return await self._run_to_the_end()
         finally:
             self._leave_directory()
+
+    def _tell_systemd_after(self, line: Line) -> None:
+        """When the old server is through: systemd listens to the main process only, and to who is it now first."""
+        loop = asyncio.get_running_loop()
+        places = ", ".join(export.endpoint.path for export in self._exports)
+
+        def tell() -> None:
+            loop.remove_reader(line.fileno())
+            line.close()
+            notify_systemd(f"READY=1\nSTATUS=serving {places}")
+
+        loop.add_reader(line.fileno(), tell)
 
     async def _succeed(self, wanted: list[ExportSpec], line: Line) -> None:
         """Returns when the disk is served by this process. Raises anything, and then it must end."""
