@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vduse_blk import control
+from vduse_blk.control.status import disk_status
 
 QUEUES = 1
 QUEUE_SIZE = 256
@@ -58,7 +58,7 @@ class Server:
         """What our own server counts; nothing for another."""
         if not self.is_ours:
             return {}
-        found: dict[str, int] = control.disk_status(self.name, timeout=10).info["counters"]
+        found: dict[str, int] = disk_status(self.name, timeout=10).info["counters"]
         return found
 
 
@@ -78,7 +78,7 @@ def ours(name: str, source: str) -> Iterator[Server]:
     try:
         disk = _find_disk(name)
         _same_queue_settings(disk)
-        pid = int(control.disk_status(name, timeout=10).info["pid"])
+        pid = int(disk_status(name, timeout=10).info["pid"])
         yield Server(name, source.partition("?")[2], pid, disk, ("vduse-blk", "attach", source, *options), True)
     finally:
         run(*_CLI, "detach", name, "--force")

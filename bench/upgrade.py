@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench.compare import BUILD, CFLAGS, TOP
-from vduse_blk import control
+from vduse_blk.control import rundir
 
 _SIZE = 256 << 20
 _CLI = (sys.executable, "-P", "-m", "vduse_blk.cli")
@@ -39,7 +39,7 @@ def main() -> int:
     pauses: list[float] = []
     rounds = 0
     with tempfile.TemporaryDirectory(prefix="vb", dir="/dev/shm") as folder:
-        os.environ[control.RUN_ENV] = f"{folder}/run"
+        os.environ[rundir.RUN_ENV] = f"{folder}/run"
         image, socket = Path(folder, "disk.img"), f"{folder}/socket"
         with image.open("wb") as file:
             file.truncate(_SIZE)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from vduse_blk import control
+from vduse_blk.control import rundir
 
 QSD = "qemu-storage-daemon"
 IMAGE_BYTES = 1 << 30
@@ -104,7 +104,7 @@ def our_words(
     socket = folder / f"{name}.sock"
     words = [sys.executable, "-P", "-m", "vduse_blk.cli", "serve", source, "--name", name, "--queues", str(queues)]
     words += ["--export", f"vhost-user:{socket}", "--path", path]
-    return source.partition("?")[2], socket, words, {control.RUN_ENV: str(folder / "run")}
+    return source.partition("?")[2], socket, words, {rundir.RUN_ENV: str(folder / "run")}
 
 
 def ours(

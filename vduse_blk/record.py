@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vduse_blk import control
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
+from vduse_blk.control import notes
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.messages import MAX_MESSAGE
+from vduse_blk.control.rundir import DiskPaths
+from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.source import gather
 
 _FILE: Final = "disk.json"
@@ -108,7 +111,7 @@ def write(record: DiskRecord) -> None:
     facts = asdict(record)
     for key in _PER_SERVER:
         del facts["spec"][key]
-    control.replace_json(_path(record.spec.name), {"version": _VERSION} | facts)
+    notes.replace_json(_path(record.spec.name), {"version": _VERSION} | facts)
 
 
 def read(name: str) -> DiskRecord | None:
@@ -120,7 +123,7 @@ def read(name: str) -> DiskRecord | None:
             facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
                 raise _distrust(path, "it is not a private file of this user")
-            return _decode(name, json.loads(file.read(control.MAX_MESSAGE)))
+            return _decode(name, json.loads(file.read(MAX_MESSAGE)))
     except FileNotFoundError:
         return None
     except OSError as error:

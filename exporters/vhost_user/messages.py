@@ -38,6 +38,10 @@ class ProtocolError(Exception):
     """The front-end sent something that is no message of the protocol. The conversation cannot go on."""
 
 
+class Refused(Exception):
+    """The message was understood and cannot be obeyed. The front-end is told so if it asked to be, else it is left."""
+
+
 class Request(enum.IntEnum):
     """Front-end to back-end. Absent ones belong to other devices (RARP, MTU, crypto, GPU) or to features that are never
     offered (IOMMU, post-copy, in-band kicks)."""

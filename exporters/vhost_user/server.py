@@ -20,8 +20,8 @@ from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.log import FrontendLog
-from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError
-from vduse_blk.exporters.vhost_user.session import Refused, Reply, Session, Totals
+from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError, Refused
+from vduse_blk.exporters.vhost_user.session import Reply, Session, Totals
 
 from vduse_blk.block.errors import UserError
 from vduse_blk.exporter import HandOver, add_counters, counters_of

@@ -13,10 +13,7 @@ Rules kept here:
     closed exactly once.
   * The call descriptor changes most often (a guest that masks an interrupt is enough), so that needs no restart: the queue
     has a descriptor of its own, ``notify``, and dup2 puts the new file behind it, in one step, whoever writes just then.
-  * Addresses of rings are the front-end's user addresses, those in descriptors are guest addresses. Queues know guest
-    addresses only.
   * Stopping a ring drops its kick descriptor: the specification restarts it with a new one.
-  * Memory that is removed is unmapped, and only then acknowledged, when nothing in flight can touch it (IovaMap.change).
   * What was received with descriptors is kept with descriptors: another server can be given the whole session (``give``,
     ``take``) while the front-end notices nothing but a pause.
   * A reset of the device keeps memory, protocol features and the owner: QEMU does not send them again.
@@ -26,36 +23,27 @@ Owner: the thread of ``server``; ``describe`` and ``counters`` may be called by 
 
 from __future__ import annotations
 
-import errno
 import os
-import select
 import socket
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from vduse_blk.exporters.vhost_user import messages
+from vduse_blk.exporters.vhost_user.eventfd import is_eventfd, kept_writable, wake
 from vduse_blk.exporters.vhost_user.inflight import InflightArea, area_bytes, create_area
 from vduse_blk.exporters.vhost_user.log import FrontendLog
-from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Request
+from vduse_blk.exporters.vhost_user.memory import MAX_MEM_SLOTS, FrontendMemory
+from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Refused, Request
 
 from vduse_blk.exporter import HandOver, add_counters
-from vduse_blk.queue import FdRange, IovaMap, Queue, QueueFactory, QueueSetup, QueueState, Region, SharedArea
+from vduse_blk.queue import Queue, QueueFactory, QueueSetup, QueueState, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
-MAX_MEM_SLOTS = 509
-"""Regions at a time; what the kernel's vhost accepts."""
-_READ_WRITE = 3
 _RING_MAX = 32768
-_STUCK_SECONDS = 0.5
 _ADDRESS = ("flags", "desc", "used", "avail", "log")
 """What a ``VringAddr`` says of a queue."""
-
-class Refused(Exception):
-    """The message was understood and cannot be obeyed. The front-end is told so if it asked to be, else it is left."""
 
 
 @dataclass(slots=True)
@@ -84,16 +72,6 @@ class _Vring:
     reported: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """A region as the front-end described it, which file it is (``fd`` leads there), and where it is mapped."""
-
-    wire: MemoryRegion
-    file: tuple[int, int]
-    fd: int
-    mapped: Region
-
-
 @dataclass(slots=True)
 class Totals:
     """Counters of queues that are gone, by index. They outlive sessions. Under ``lock`` a queue is either here or runs."""
@@ -113,8 +91,7 @@ class Session:
         self._factory = factory
         self._event_fd = event_fd
         self._totals = totals
-        self._iova = IovaMap()
-        self._memory: list[_Memory] = []
+        self._memory = FrontendMemory()
         self._vrings = [
             _Vring(index, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for index in range(virtio.num_queues)
         ]
@@ -164,11 +141,14 @@ class Session:
     def _handle(self, message: messages.Message, fds: list[int]) -> Reply | None:
         match message:
             case messages.MemTable():
-                self._set_memory(list(zip(message.regions, fds, strict=True)))
+                self._memory.replace(list(zip(message.regions, fds, strict=True)))
+                self._settle_all()
             case messages.MemReg() if message.request is Request.ADD_MEM_REG:
-                self._add_memory(message.region, fds[0])
+                self._memory.add(message.region, fds[0])
+                self._settle_all()
             case messages.MemReg():
-                self._remove_memory(message.region)
+                self._memory.remove(message.region)
+                self._settle_all()
             case messages.VringState():
                 return self._vring_state(message)
             case messages.VringAddr():
@@ -270,7 +250,7 @@ class Session:
 
     def _vring_fd(self, message: messages.VringFd, fds: list[int]) -> None:
         vring = self._vring(message.index)
-        if fds and not _is_eventfd(fds[0]):
+        if fds and not is_eventfd(fds[0]):
             raise Refused(f"queue {vring.index}: {message.request.name} with something that is no eventfd")
         match message.request:
             case Request.SET_VRING_KICK:
@@ -292,7 +272,7 @@ class Session:
         """Put another file behind the queue's descriptor. Who polls instead gets an eventfd nobody reads."""
         if fds:
             os.dup2(fds[0], vring.notify, inheritable=False)
-            _signal(vring.notify)  # what was signalled to the old one may have been lost with it
+            wake(vring.notify)  # what was signalled to the old one may have been lost with it
             return
         nobody = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.dup2(nobody, vring.notify, inheritable=False)
@@ -316,9 +296,9 @@ class Session:
         enabled = vring.enabled or not self._features >> messages.PROTOCOL_FEATURES & 1
         if vring.kick is None or not enabled or vring.num == 0 or vring.addr is None:
             return None
-        desc = self._guest_address(vring.addr.desc)
-        avail = self._guest_address(vring.addr.avail)
-        used = self._guest_address(vring.addr.used)
+        desc = self._memory.guest_address(vring.addr.desc)
+        avail = self._memory.guest_address(vring.addr.avail)
+        used = self._memory.guest_address(vring.addr.used)
         if desc is None or avail is None or used is None:
             return None
         return QueueSetup(
@@ -340,30 +320,24 @@ class Session:
             dirty_used=vring.addr.log if vring.addr.flags & messages.VRING_LOG else None,
         )
 
-    def _guest_address(self, user: int) -> int | None:
-        for memory in self._memory:
-            if 0 <= user - memory.wire.user < memory.wire.size:
-                return user - memory.wire.user + memory.wire.guest
-        return None
-
     def _start(self, vring: _Vring, setup: QueueSetup) -> None:
         queue = self._factory.make(vring.index, False)
         try:
-            queue.start(setup, self._iova)
+            queue.start(setup, self._memory.iova)
         except OSError as error:
             if self._strict:
                 raise
             self._log.error("queue %d cannot serve the storage (%s); its requests fail", vring.index, error)
             queue = self._factory.make(vring.index, True)
-            queue.start(setup, self._iova)
+            queue.start(setup, self._memory.iova)
         vring.queue, vring.setup, vring.reported = queue, setup, None
-        _signal(vring.notify)  # a predecessor may have published and died before it could say so
+        wake(vring.notify)  # a predecessor may have published and died before it could say so
 
     def _stop(self, vring: _Vring) -> None:
         queue = vring.queue
         if queue is None:
             return
-        with _kept_writable(vring.notify):
+        with kept_writable(vring.notify):
             vring.base = queue.stop()
         with self._totals.lock:
             add_counters(self._totals.past.setdefault(vring.index, {}), queue.counters())
@@ -412,63 +386,7 @@ class Session:
             vring.reported = sentence
             self._log.error("%s", sentence)
             if vring.err is not None:
-                _signal(vring.err)
-
-    # ------------------------------------------------------------------------------------------------- memory
-
-    def _set_memory(self, wanted: list[tuple[MemoryRegion, int]]) -> None:
-        """Make the memory what the table says. What stays the same stays mapped: queues do not notice."""
-        known = {(memory.wire, memory.file): memory for memory in self._memory}
-        kept: list[_Memory] = []
-        added: list[tuple[MemoryRegion, int]] = []
-        for region, fd in wanted:
-            memory = known.pop((region, _file(fd)), None)
-            if memory is not None:
-                kept.append(memory)
-            else:
-                added.append((region, fd))
-        self._change_memory(kept, added, list(known.values()))
-
-    def _add_memory(self, region: MemoryRegion, fd: int) -> None:
-        if len(self._memory) >= MAX_MEM_SLOTS:
-            raise Refused(f"more than {MAX_MEM_SLOTS} regions")
-        self._change_memory(self._memory, [(region, fd)], [])
-
-    def _remove_memory(self, region: MemoryRegion) -> None:
-        for memory in self._memory:
-            wire = memory.wire
-            if (wire.guest, wire.user, wire.size) == (region.guest, region.user, region.size):
-                self._change_memory([other for other in self._memory if other is not memory], [], [memory])
-                return
-        raise Refused(f"there is no region of {region.size:#x} bytes at {region.guest:#x}")
-
-    def _change_memory(
-        self, kept: list[_Memory], added: list[tuple[MemoryRegion, int]], removed: list[_Memory]
-    ) -> None:
-        """Raises Refused, with nothing changed."""
-        users = [memory.wire for memory in kept]
-        for region, _ in added:
-            if any(region.user < other.user + other.size and other.user < region.user + region.size for other in users):
-                raise Refused(f"the region at user address {region.user:#x} overlaps another")
-            users.append(region)
-        ranges = [
-            FdRange(fd, region.guest, region.guest + region.size - 1, region.offset, _READ_WRITE)
-            for region, fd in added
-        ]
-        own: list[int] = []
-        try:
-            own += (os.dup(fd) for _, fd in added)
-            mapped = self._iova.change(add=ranges, remove=[memory.mapped for memory in removed])
-        except OSError as error:
-            for fd in own:
-                os.close(fd)
-            raise Refused(f"memory cannot be mapped: {error}") from error
-        for memory in removed:
-            os.close(memory.fd)
-        self._memory = kept + [
-            _Memory(region, _file(fd), fd, place) for (region, _), fd, place in zip(added, own, mapped, strict=True)
-        ]
-        self._settle_all()
+                wake(vring.err)
 
     # -------------------------------------------------------------------------------------------------- config
 
@@ -613,8 +531,8 @@ class Session:
             "writeback": self._virtio.writeback,
             "backend_fd": put(None if self._backend is None else self._backend.fileno()),
             "memory": [
-                {"guest": m.wire.guest, "size": m.wire.size, "user": m.wire.user, "offset": m.wire.offset, "fd": put(m.fd)}
-                for m in self._memory
+                {"guest": region.guest, "size": region.size, "user": region.user, "offset": region.offset, "fd": put(fd)}
+                for region, fd in self._memory.regions()
             ],
             "queues": [
                 {
@@ -650,7 +568,7 @@ class Session:
         if facts["backend_fd"] is not None:
             self._backend = socket.socket(fileno=os.dup(fds[facts["backend_fd"]]))
         regions = [(MemoryRegion(m["guest"], m["size"], m["user"], m["offset"]), fds[m["fd"]]) for m in facts["memory"]]
-        self._change_memory([], regions, [])
+        self._memory.replace(regions)
         self._features, self._protocol, self._status = facts["features"], facts["protocol_features"], facts["status"]
         self._virtio.writeback = facts["writeback"]
         for queue in facts["queues"]:
@@ -673,10 +591,9 @@ class Session:
             os.close(vring.notify)
             if vring.err is not None:
                 os.close(vring.err)
-        self._iova.close()
-        for fd in (*(memory.fd for memory in self._memory), *(fd for fd, _ in self._areas.values())):
+        self._memory.close()
+        for fd, _ in self._areas.values():
             os.close(fd)
-        self._memory.clear()
         self._areas.clear()
         if self._inflight is not None:
             self._inflight.close()
@@ -709,54 +626,3 @@ class Session:
         return states
 
 
-def _file(fd: int) -> tuple[int, int]:
-    """Which file a descriptor leads to."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def _is_eventfd(fd: int) -> bool:
-    """Anything else could be waited for in other ways than we do, or for ever."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-
-
-def _is_writable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
-def _signal(fd: int) -> None:
-    """Add one to an eventfd that somebody else may have made blocking, and full: then its reader is awake anyway."""
-    try:
-        if _is_writable(fd):
-            os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        pass
-
-
-@contextmanager
-def _kept_writable(fd: int) -> Iterator[None]:
-    """While a queue stops. A front-end may fill its blocking eventfd just when the queue writes to it, and the queue's
-    thread would wait for ever. A full eventfd has woken its reader, so nothing is lost by emptying it."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_STUCK_SECONDS):
-            try:
-                if not _is_writable(fd):
-                    os.eventfd_read(fd)
-            except OSError as error:
-                if error.errno != errno.EAGAIN:
-                    raise
-
-    watcher = threading.Thread(target=watch, name="call-watch", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join(_STUCK_SECONDS)
-        while watcher.is_alive():  # it wanted to read what the front-end has just read
-            _signal(fd)
-            watcher.join(_STUCK_SECONDS)

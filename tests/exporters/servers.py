@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control
+from vduse_blk.control.client import Client
 from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 
 MIB = 1 << 20
@@ -68,7 +68,7 @@ class Server:
     def call(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask the control socket."""
         os.environ["VDUSE_BLK_RUN"] = str(self.folder / "run")
-        with control.Client(str(self._spec["name"])) as client:
+        with Client(str(self._spec["name"])) as client:
             return client.call(op, **arguments)
 
     def text(self) -> str:

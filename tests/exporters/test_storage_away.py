@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from servers import SIZE, Machine, Server
 
-from vduse_blk import control
-from vduse_blk.control import Exit
+from vduse_blk.control.errors import Exit
+from vduse_blk.control.status import all_disks
 from vduse_blk.testing.driver import IN, IOERR, OK, Request
 from vduse_blk.testing.frontend import FakeFrontend
 
@@ -72,7 +72,7 @@ def test_a_waiting_disk_says_so_and_goes_on_by_itself(away: Away) -> None:
     waiting = away.until("waiting")["waiting"]
     assert waiting["error"] == "Input/output error"
     assert abs(waiting["since"] - began) < 5
-    assert [disk.state for disk in control.all_disks()] == ["waiting"]
+    assert [disk.state for disk in all_disks()] == ["waiting"]
     while away.server.call("info")["waiting"]["requests"] < 16:
         time.sleep(0.01)
     said = r"requests wait for it: \d+, for 0\.\d seconds by now; the last error: Input/output error"

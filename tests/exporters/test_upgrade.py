@@ -23,8 +23,12 @@ import pytest
 from servers import MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import Request
 
-from vduse_blk import control
-from vduse_blk.control import ControlError, Exit, Hangup
+from vduse_blk.control import notes, rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit, Hangup
+from vduse_blk.control.process import read_stat, server_process
+from vduse_blk.control.settings import SETTINGS_ENV
+from vduse_blk.control.status import disk_status
 from vduse_blk.exporter import KILL_ENV, counters_of
 from vduse_blk.testing.driver import IOERR, OK
 from vduse_blk.testing.frontend import FakeFrontend
@@ -97,7 +101,7 @@ def owner(server: Server) -> int:
 def detach(server: Server) -> None:
     """And wait for the end of whoever serves it."""
     server.process.wait(10)
-    with control.Client("d") as client, control.server_process(client.server_pid) as end:
+    with Client("d") as client, server_process(client.server_pid) as end:
         assert client.server_pid == client.call("info")["pid"]
         client.call("detach", force=True)
         if end is not None:
@@ -326,7 +330,7 @@ def test_a_new_server_with_everything_needs_the_old_one_no_more(tmp_path: Path, 
     assert server.process.wait(10) == -9
     load.wait()
     deadline = time.monotonic() + 10
-    while control.disk_status("d").state != "serving":
+    while disk_status("d").state != "serving":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert owner(server) != server.process.pid
@@ -396,7 +400,7 @@ def test_what_does_not_end_is_not_upgraded(serve: Serve, machine: Machine) -> No
 def test_what_is_set_during_an_upgrade_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """The new server was started with the settings of before. What is set while it imports everything, and what SIGHUP
     reads, are those of whoever serves the disk afterwards, and of the one after that."""
-    monkeypatch.setenv(control.SETTINGS_ENV, str(tmp_path))
+    monkeypatch.setenv(SETTINGS_ENV, str(tmp_path))
     server = Server(tmp_path, filters=["faults"])
     environment = f"{KILL_ENV}=reopened" if fails else "NOTHING=1"
     script = 'while ! [ -e "$0" ]; do sleep 0.02; done; exec "$@"'
@@ -412,7 +416,7 @@ def test_what_is_set_during_an_upgrade_is_set(tmp_path: Path, monkeypatch: pytes
     asking = threading.Thread(target=ask)
     asking.start()
     deadline = time.monotonic() + 10
-    while "successor" not in control.read_state("d"):
+    while "successor" not in notes.read_state("d"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     server.call("set", values={"on-error": "wait", "faults.delay": "0.01ms"})
@@ -485,7 +489,7 @@ def test_lost_data_stays_lost(tmp_path: Path, machine: Machine, monkeypatch: pyt
     said = upgrade(server)
     assert server.process.wait(10) == 0
     check(lost=True)
-    with control.server_process(said["pid"]) as end:
+    with server_process(said["pid"]) as end:
         os.kill(said["pid"], signal.SIGKILL)
         assert end is not None
         assert select.select([end], [], [], 10)[0]
@@ -537,7 +541,7 @@ def test_a_size_was_for_making_the_disk(tmp_path: Path, words: str) -> None:
     assert owner(server) == said["pid"]
     assert server.process.wait(10) == 0
     assert server.call("info")["size"] == 2 * MIB
-    with control.server_process(said["pid"]) as end:
+    with server_process(said["pid"]) as end:
         os.kill(said["pid"], signal.SIGKILL)
         assert end is not None
         assert select.select([end], [], [], 10)[0]
@@ -558,7 +562,7 @@ def test_a_start_that_fails_leaves_what_was_left(tmp_path: Path) -> None:
         server.start()
     assert server.process.wait(10) != 0
     assert not image.exists()
-    assert control.disk_status("d").state == "dead"
+    assert disk_status("d").state == "dead"
     (tmp_path / "away").rename(image)
     server.start()
     assert server.call("info")["size"] == 2 * MIB
@@ -578,8 +582,8 @@ def test_storage_that_ends_with_its_server_is_refused(serve: Serve) -> None:
 def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     """`upgrade` says who serves and how long users waited; the monitor watches the new server from then on, and starts
     another when it dies; `detach` ends them all; a disk that is not there is exit 3."""
-    environment = os.environ | {control.RUN_ENV: str(tmp_path / "run")}
-    os.environ[control.RUN_ENV] = environment[control.RUN_ENV]
+    environment = os.environ | {rundir.RUN_ENV: str(tmp_path / "run")}
+    os.environ[rundir.RUN_ENV] = environment[rundir.RUN_ENV]
     (tmp_path / "disk.img").write_bytes(bytes(SIZE))
 
     def cli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -591,26 +595,26 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     options = ("--name", "d", "--restart", "on-failure", "--export", f"vhost-user:{path}")
     made = cli("attach", str(tmp_path / "disk.img"), *options)
     assert made.returncode == 0, made.stderr
-    before = control.disk_status("d").info
+    before = disk_status("d").info
     said = json.loads(cli("upgrade", "d", "--json").stdout)
     assert said.keys() == {"ok", "name", "pid", "version", "pause_ms"}
     assert cli("upgrade", "d").stderr.startswith("vduse-blk: disk 'd' is served by version ")
-    now = control.disk_status("d").info
+    now = disk_status("d").info
     assert now["monitor"] == before["monitor"]
     assert len({before["pid"], said["pid"], now["pid"]}) == 3
     assert [event["event"] for event in now["events"]] == ["upgraded", "upgraded"]
-    with control.server_process(now["pid"]) as end:
+    with server_process(now["pid"]) as end:
         os.kill(now["pid"], signal.SIGKILL)
         assert end is not None
         assert select.select([end], [], [], 10)[0]
     deadline = time.monotonic() + 30
-    while (after := control.disk_status("d")).state != "serving":
+    while (after := disk_status("d")).state != "serving":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert after.info["pid"] != now["pid"]
     assert after.info["monitor"] == before["monitor"]
     assert after.info["events"][-1]["signal"] == 9
-    with control.server_process(before["monitor"]) as end:
+    with server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
 
@@ -667,7 +671,7 @@ def test_what_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     asking = threading.Thread(target=lambda: said.append(upgrade(server)["pid"]))
     asking.start()
     deadline = time.monotonic() + 30
-    while state_of(old) != "T":
+    while read_stat(Path(f"/proc/{old}"))[0] != "T":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     while (new := owner(server)) == old:
@@ -679,7 +683,7 @@ def test_what_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     asking.join(30)
     assert said == [new]
     assert server.process.wait(10) == 0
-    with control.server_process(new) as end:
+    with server_process(new) as end:
         os.kill(new, signal.SIGTERM)
         assert end is not None
         assert select.select([end], [], [], 10)[0]
@@ -702,7 +706,7 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
     check_goes_on(server, load, server.process.pid)
     for name in ("control.new", "control.next"):
         (run / name).rmdir()
-    with control.Client("d") as client:
+    with Client("d") as client:
         (run / "control.sock").unlink()
         (run / "control.sock").mkdir()
         with pytest.raises(ControlError, match=r"process \d+'s now.*no control socket"):
@@ -712,8 +716,8 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
     load.end()
     frontend.close()
     (run / "control.sock").rmdir()
-    pid = control.read_state("d")["pid"]
-    with control.server_process(pid) as end:
+    pid = notes.read_state("d")["pid"]
+    with server_process(pid) as end:
         os.kill(pid, signal.SIGTERM)
         assert end is not None
         assert select.select([end], [], [], 10)[0]
@@ -722,18 +726,14 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
 
 STOPPED = """
 import os, runpy, signal, sys
-import vduse_blk.worker.serve as serve
+import vduse_blk.worker.upgrade as upgrade
 def reached(step):
     if step == "received":
         os.kill(os.getpid(), signal.SIGSTOP)
-serve.reached = reached
+upgrade.reached = reached
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """A new server that hangs when it has got everything but opened nothing."""
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -> None:
@@ -748,10 +748,10 @@ def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -
     asking = threading.Thread(target=ask)
     asking.start()
     deadline = time.monotonic() + 20
-    while (pid := control.read_state("d").get("successor")) is None or state_of(pid) != "T":
+    while (pid := notes.read_state("d").get("successor")) is None or read_stat(Path(f"/proc/{pid}"))[0] != "T":
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with control.server_process(pid) as end:
+    with server_process(pid) as end:
         assert end is not None
         command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d", "--force"]
         made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -787,8 +787,8 @@ def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machin
     assert server.call("ping")["phase"] == "serving"  # it has read what came before
     server.process.send_signal(signal.SIGTERM)
     assert server.call("ping")["phase"] == "serving"
-    pid = control.read_state("d")["successor"]
-    with control.server_process(pid) as end:
+    pid = notes.read_state("d")["successor"]
+    with server_process(pid) as end:
         fifo.write_bytes(b"")
         asking.join(30)
         assert said[0]["pid"] == pid
@@ -806,13 +806,13 @@ def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machin
 
 AT_RESTARTED = """
 import os, runpy, sys
-import vduse_blk.worker.serve as serve
+import vduse_blk.worker.upgrade as upgrade
 def reached(step):
     if step == "restarted":
         open(sys.argv[1], "w").close()
         open(sys.argv[1]).read()
         os.kill(os.getpid(), 9)
-serve.reached = reached
+upgrade.reached = reached
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""

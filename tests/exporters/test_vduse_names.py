@@ -12,7 +12,7 @@ from vduse_blk.exporters.vduse import names
 from pyvduse.control import Control, check_name
 from pyvduse.errors import VduseError
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import check_name as check_disk_name
+from vduse_blk.control.rundir import check_name as check_disk_name
 
 
 class Kernel:

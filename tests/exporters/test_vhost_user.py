@@ -21,8 +21,8 @@ import pytest
 from servers import BASE, GAP, MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature, Request
 
-from vduse_blk import control
-from vduse_blk.control import ControlError, Exit
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
 from vduse_blk.testing.frontend import LOG_ALL, USER_OFFSET, DirtyLog, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.virtio import Feature
@@ -1306,7 +1306,7 @@ def test_serve_and_attach_take_the_export(tmp_path: Path, machine: Machine, monk
         assert time.monotonic() < deadline
     assert not (tmp_path / "disk.sock").exists()
     assert run("attach", "disk.img", "--export", "vhost-user:disk.sock").returncode == 0
-    with control.Client("disk") as client:
+    with Client("disk") as client:
         os.kill(client.server_pid, signal.SIGKILL)
     assert (tmp_path / "disk.sock").exists()
     assert run("detach", "disk").returncode == 0

@@ -35,8 +35,10 @@ from tests.kernel.host import (
     servers,
     wait_until,
 )
-from vduse_blk import control
-from vduse_blk.control import ControlError
+from vduse_blk.control import notes
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError
+from vduse_blk.control.process import read_stat
 
 MIB = 1 << 20
 _STARTS = 4
@@ -100,8 +102,7 @@ def test_a_plugin_that_spins(tmp_path: Path) -> None:
 
 def hangs(pid: int) -> bool:
     """Whether a thread of the process waits uninterruptibly."""
-    found = [stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc", str(pid), "task").glob("*/stat")]
-    return "D" in found
+    return any(read_stat(thread)[0] == "D" for thread in Path(f"/proc/{pid}/task").iterdir())
 
 
 def is_open(device: str) -> bool:
@@ -207,7 +208,7 @@ runpy.run_module("vduse_blk.worker", run_name="__main__")
 
 
 def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    return read_stat(Path(f"/proc/{pid}"))[0]
 
 
 @pytest.mark.parametrize("state", ["T", "D"])
@@ -219,7 +220,7 @@ def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
 
     def upgrade() -> None:
         command = [sys.executable, "-P", "-c", AT_RECEIVED, *([stuck.path] if state == "D" else [])]
-        with control.Client("k", 120) as client, pytest.raises(ControlError) as failed:
+        with Client("k", 120) as client, pytest.raises(ControlError) as failed:
             client.call("upgrade", command=command, patience=60)
         failures.append(failed.value)
 
@@ -228,8 +229,8 @@ def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
         stuck.stop()
         asking = threading.Thread(target=upgrade)
         asking.start()
-        wait_until(lambda: control.read_state("k").get("successor") is not None, "the new server is started")
-        successor = control.read_state("k")["successor"]
+        wait_until(lambda: notes.read_state("k").get("successor") is not None, "the new server is started")
+        successor = notes.read_state("k")["successor"]
         wait_until(lambda: state_of(successor) == state, "the new server hangs")
         with writer(device):
             remove_soon()

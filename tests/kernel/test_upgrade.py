@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host import Stuck, assert_nothing_left, cli, image, info, run, servers, tree_digest, wait_until
-from vduse_blk import control
-from vduse_blk.control import ControlError
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError
 from vduse_blk.exporter import KILL_ENV
 
 MIB = 1 << 20
@@ -81,7 +81,7 @@ def test_a_new_server_that_dies_leaves_the_old_one(tmp_path: Path, step: str) ->
     command = ["env", f"{KILL_ENV}={step}", sys.executable, "-P", "-m", "vduse_blk.worker"]
     with subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", *DD]) as dd:
         served("a")
-        with control.Client("a", 60) as client, pytest.raises(ControlError, match=r"signal 9.*served as before"):
+        with Client("a", 60) as client, pytest.raises(ControlError, match=r"signal 9.*served as before"):
             client.call("upgrade", command=command, patience=30)
         assert info("a")["pid"] == pid
         assert dd.wait(60) == 0
@@ -110,7 +110,7 @@ def test_a_new_server_that_gets_no_queue_leaves_the_old_one(tmp_path: Path) -> N
     with subprocess.Popen(load(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
         served("a")
         command = [sys.executable, "-P", "-c", WITHOUT_THREADS]
-        with control.Client("a", 60) as client, pytest.raises(ControlError, match=r"no thread.*served as before"):
+        with Client("a", 60) as client, pytest.raises(ControlError, match=r"no thread.*served as before"):
             client.call("upgrade", command=command, patience=30)
         assert info("a")["pid"] == pid
         assert {queue["state"] for queue in info("a")["queues"]} == {"running"}

@@ -29,14 +29,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven
-from vduse_blk import control
-from vduse_blk.control import ControlError
+from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven, wait_until
+from vduse_blk.control import notes
+from vduse_blk.control.errors import ControlError
+from vduse_blk.control.process import read_stat
 
 MIB = 1 << 20
 SIZE = 96 * MIB
@@ -60,19 +60,10 @@ class Wrong(Exception):
     """What must never happen, as a sentence."""
 
 
-def wait(condition: Callable[[], object], what: str, seconds: float = _PATIENCE) -> None:
-    """The kernel gives no event for what is waited for here."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise Wrong(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.01)
-
-
 def is_alive(pid: int) -> bool:
     """A dead process that nobody has waited for is dead."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
     except OSError:
         return False
 
@@ -80,7 +71,7 @@ def is_alive(pid: int) -> bool:
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    wait(lambda: not is_alive(pid), f"process {pid} is dead")
+    wait_until(lambda: not is_alive(pid), f"process {pid} is dead")
 
 
 class Ours:
@@ -98,7 +89,7 @@ class Ours:
 
     def _state(self) -> dict[str, Any]:
         try:
-            return control.read_state(self.name)
+            return notes.read_state(self.name)
         except ControlError:
             return {}
 
@@ -122,13 +113,13 @@ class Ours:
         popped = self._popped()
         if self._by != "monitor":
             self._start(self._by)
-        wait(lambda: self._is_tended() and self._pid() != dead, f"a server after {dead}")
+        wait_until(lambda: self._is_tended() and self._pid() != dead, f"a server after {dead}")
         if again_after is not None:
             time.sleep(again_after)
             kill(self._pid())
             killed = 2
-        wait(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
-        event = [event for event in control.read_events(self.name) if event["event"] == "taken over"][-1]
+        wait_until(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
+        event = [event for event in notes.read_events(self.name) if event["event"] == "taken over"][-1]
         if event["pid"] != self._pid():
             raise Wrong(f"{self.name}: the trace has no word of the server {self._pid()}, but {event}")
         if killed == 1 and event["replayed"] > popped:
@@ -200,12 +191,12 @@ class Qsd:
     def __init__(self, name: str, path: Path, chance: random.Random, counts: Counter[str]) -> None:
         self.name, self._path, self._counts = name, path, counts
         self._start()
-        wait(lambda: Path("/dev/vduse", name).exists(), f"the device {name}")
+        wait_until(lambda: Path("/dev/vduse", name).exists(), f"the device {name}")
         run("vdpa", "dev", "add", "name", name, "mgmtdev", "vduse")
         disks = Path("/sys/bus/vdpa/devices", name)
-        wait(lambda: any(disks.glob("virtio*/block/*")), f"the disk {name}")
+        wait_until(lambda: any(disks.glob("virtio*/block/*")), f"the disk {name}")
         self.device = f"/dev/{next(disks.glob('virtio*/block/*')).name}"
-        wait(lambda: Path(self.device).exists(), self.device)
+        wait_until(lambda: Path(self.device).exists(), self.device)
 
     def _start(self) -> None:
         words = ["qemu-storage-daemon", "--blockdev"]
@@ -306,7 +297,7 @@ def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, co
             counts["kills"] += killed
             done.add(killed)
             load.look(again=True)
-        wait(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
+        wait_until(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         raise Wrong(f"{disk.name}: {type(error).__name__}: {error}") from error
     finally:

@@ -39,7 +39,8 @@ import numpy as np
 from numpy.typing import NDArray
 from vduse_blk.exporters.vhost_user.messages import ProtocolFeature
 
-from vduse_blk import control
+from vduse_blk.control import rundir
+from vduse_blk.control.client import Client
 from vduse_blk.testing.driver import DISCARD, FLUSH, IN, OK, OUT, STALE, WRITE_ZEROES, Request
 from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.worker import __main__ as worker
@@ -436,7 +437,7 @@ class Life:
 
 
 def _info(folder: Path) -> dict[str, Any]:
-    with control.Client("torture") as client:
+    with Client("torture") as client:
         return client.call("info")
 
 
@@ -450,7 +451,7 @@ def torture(kills: int, seed: int, server: str, failures: int, folder: Path) -> 
     while found.counts["kills"] < kills and len(found.failures) < failures:
         place = folder / str(len(found.failures))
         (place / "run").mkdir(parents=True)
-        os.environ[control.RUN_ENV] = str(place / "run")
+        os.environ[rundir.RUN_ENV] = str(place / "run")
         life = Life(server, place, chance, found.counts)
         try:
             while (left := kills - found.counts["kills"]) > 0:

@@ -20,10 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vduse_blk import control
 from vduse_blk.backends.memory import MemoryBackend
 from vduse_blk.block.contract import BlockInfo, Fence
 from vduse_blk.block.errors import UserError
+from vduse_blk.control import rundir
+from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.exporter import Endpoint, Exporter
 
 
@@ -72,7 +73,7 @@ class Durable(Storage):
     fence = Fence.OPEN
 
     async def open(self) -> BlockInfo:
-        if (control.run_root() / "under-way").exists():
+        if (rundir.run_root() / "under-way").exists():
             raise UserError("a write of somebody dead is under way", 4)
         return await super().open()
 
@@ -93,15 +94,15 @@ class Kept(Export):
         super().__init__(*words)
         self.queue_count = self.options.queues or 3
         self._held = False
-        self._mark = control.run_root() / "kept"
+        self._mark = rundir.run_root() / "kept"
 
     @classmethod
     def is_left(cls, name: str) -> bool:
-        return (control.run_root() / "kept").exists()
+        return (rundir.run_root() / "kept").exists()
 
     @classmethod
     async def fail_left(cls, name: str, directory: Path) -> None:
-        (control.run_root() / "kept").rename(control.run_root() / "failed")
+        (rundir.run_root() / "kept").rename(rundir.run_root() / "failed")
 
     @property
     def replayed(self) -> int:
@@ -117,7 +118,7 @@ class Kept(Export):
 
     async def stop(self) -> None:
         if os.environ.get("FAKE_USED"):
-            raise control.ControlError("it is mounted on /mnt", control.Exit.BUSY)
+            raise ControlError("it is mounted on /mnt", Exit.BUSY)
         await super().stop()
         self._mark.unlink()
 

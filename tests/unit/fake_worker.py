@@ -17,8 +17,8 @@ import socket
 import sys
 from typing import Any
 
-from vduse_blk import control
-from vduse_blk.control import WorkerSpec
+from vduse_blk.control import messages, notes, rundir
+from vduse_blk.control.spec import WorkerSpec
 
 HOLDERS = [{"kind": "mounted", "what": "/mnt"}, {"kind": "open", "pid": 42, "command": "dd"}]
 IN_USE = "is in use: mounted on /mnt; open in process 42 (dd)"
@@ -29,7 +29,7 @@ def main() -> None:
     spec = WorkerSpec.from_json(sys.stdin.buffer.read())
     listed = map(int, os.listdir("/proc/self/fd"))
     descriptors = sorted(fd for fd in listed if os.path.exists(f"/proc/self/fd/{fd}"))  # not listdir's own
-    lock = control.lock_directory(spec.name)
+    lock = rundir.lock_directory(spec.name)
     print(f"fake worker: {mode}", file=sys.stderr, flush=True)
 
     def tell(line: bytes) -> None:
@@ -38,7 +38,7 @@ def main() -> None:
             os.close(spec.ready_fd)
 
     def undo() -> None:
-        control.remove_directory(spec.name, locked_fd=lock)
+        rundir.remove_directory(spec.name, locked_fd=lock)
 
     if mode == "die":
         sys.exit(3)
@@ -48,9 +48,9 @@ def main() -> None:
         undo()
         if mode == "broken":
             print("the reason is here", file=sys.stderr, flush=True)
-            tell(control.failure_line("the kernel said no", 1))
+            tell(messages.failure_line("the kernel said no", 1))
         else:
-            tell(control.failure_line("the file is in use", 4, HOLDERS))
+            tell(messages.failure_line("the file is in use", 4, HOLDERS))
         sys.exit(4)
     if mode in ("slow", "heir", "late", "stuck"):
         assert spec.ready_fd is not None
@@ -67,12 +67,12 @@ def main() -> None:
         "name": spec.name, "pid": os.getpid(), "source": spec.source, "options": dict(spec.options),
         "device": "/dev/vdz", "phase": "serving", "started_at": 1700000000.0,
     }  # fmt: skip
-    control.write_state(spec.name, state)
+    notes.write_state(spec.name, state)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(control.DiskPaths.of(spec.name).socket))
+    listener.bind(str(rundir.DiskPaths.of(spec.name).socket))
     listener.listen(8)
     if mode != "late":
-        tell(control.ready_line("/dev/vdz", size=spec.size))
+        tell(messages.ready_line("/dev/vdz", size=spec.size))
     seen = {
         "cwd": os.getcwd(), "descriptors": descriptors, "session_leader": os.getsid(0) == os.getpid(),
         "ready_fd": spec.ready_fd, "timeout": spec.timeout, "notify": "NOTIFY_SOCKET" in os.environ,
@@ -92,7 +92,7 @@ def main() -> None:
         connection, _ = listener.accept()
         with connection, connection.makefile("rb") as lines:
             for line in lines:
-                request = control.decode_message(line)
+                request = messages.decode_message(line)
                 if mode == "mute":
                     continue
                 if mode == "mortal" and request["op"] in ("detach", "resize"):
@@ -101,21 +101,21 @@ def main() -> None:
                     undo()
                     sys.exit(0)
                 if request["op"] == "detach" and mode == "busy" and not request["force"]:
-                    connection.sendall(control.error_reply(f"disk '{spec.name}' {IN_USE}", 4, HOLDERS))
+                    connection.sendall(messages.error_reply(f"disk '{spec.name}' {IN_USE}", 4, HOLDERS))
                 elif request["op"] == "detach":
                     if mode != "untidy":
                         undo()
-                    connection.sendall(control.ok_reply())
+                    connection.sendall(messages.ok_reply())
                     sys.exit(0)
                 elif request["op"] == "resize":
                     info["size"] = request["size"]
-                    connection.sendall(control.ok_reply(size=request["size"]))
+                    connection.sendall(messages.ok_reply(size=request["size"]))
                 elif request["op"] == "set":
-                    connection.sendall(control.ok_reply(policy={"on_error": "wait"}, filters=[], given=request["values"]))
+                    connection.sendall(messages.ok_reply(policy={"on_error": "wait"}, filters=[], given=request["values"]))
                 elif request["op"] == "info":
-                    connection.sendall(control.ok_reply(**info))
+                    connection.sendall(messages.ok_reply(**info))
                 else:
-                    connection.sendall(control.ok_reply(phase="serving"))
+                    connection.sendall(messages.ok_reply(phase="serving"))
 
 
 if __name__ == "__main__":

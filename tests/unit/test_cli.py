@@ -21,13 +21,16 @@ import click
 import pytest
 from vduse_blk.exporters.vduse import names as kernel_names
 
-from vduse_blk import control
 from vduse_blk.block.holders import take_from
 from vduse_blk.cli import attach as attach_module
 from vduse_blk.cli import detach as detach_module
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.main import COMMANDS, cli
-from vduse_blk.control import ControlError
+from vduse_blk.control import notes, rundir
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.process import read_stat
+from vduse_blk.control.spec import WorkerSpec
+from vduse_blk.control.status import all_disks, disk_status
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "cli.md"
@@ -42,10 +45,9 @@ def until(condition: Callable[[], bool]) -> None:
 def is_running(pid: int) -> bool:
     """Whether the process has not ended; one that nobody has waited for yet has ended."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
+    except OSError:
         return False
-    return state not in "ZX"
 
 
 def heed_signals() -> None:
@@ -59,7 +61,7 @@ class Host:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.env = os.environ | {control.RUN_ENV: str(run_dir)}
+        self.env = os.environ | {rundir.RUN_ENV: str(run_dir)}
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(HERE / "cli_with_fake_worker.py"), *arguments]
@@ -97,7 +99,7 @@ class Host:
         until(lambda: log.exists() and text in log.read_text())
 
     def server_pid(self, name: str) -> int:
-        pid = control.read_state(name)["pid"]
+        pid = notes.read_state(name)["pid"]
         assert isinstance(pid, int)
         return pid
 
@@ -109,11 +111,11 @@ class Host:
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Ends the servers that a test leaves."""
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp") as directory:
-        monkeypatch.setenv(control.RUN_ENV, directory)
+        monkeypatch.setenv(rundir.RUN_ENV, directory)
         yield Host(Path(directory))
-        for disk in control.all_disks(timeout=0.2):
+        for disk in all_disks(timeout=0.2):
             pid = disk.info.get("pid")
-            if pid is not None and control.is_locked(disk.name):
+            if pid is not None and rundir.is_locked(disk.name):
                 os.kill(int(pid), signal.SIGKILL)
 
 
@@ -152,7 +154,7 @@ class TestAttach:
     def test_files_are_private(self, host: Host) -> None:
         """Directory 0700, log 0600."""
         host.run("attach", "memory:1G")
-        paths = control.DiskPaths.of("memory")
+        paths = rundir.DiskPaths.of("memory")
         assert stat.S_IMODE(paths.directory.stat().st_mode) == 0o700
         assert stat.S_IMODE(paths.log.stat().st_mode) == 0o600
 
@@ -183,7 +185,7 @@ class TestAttach:
         assert [process.wait(60) for process in racing] == [0] * 4
         for process in racing:
             process.communicate()
-        assert control.disk_names() == ["memory", "memory-2", "memory-3", "memory-4"]
+        assert rundir.disk_names() == ["memory", "memory-2", "memory-3", "memory-4"]
 
     def test_a_taken_name_is_busy(self, host: Host) -> None:
         """A name given with --name that a disk has is refused with exit 4, and the disk is left alone."""
@@ -193,7 +195,7 @@ class TestAttach:
         assert done.returncode == 4
         assert "vduse-blk detach m" in done.stderr
         assert host.server_pid("m") == pid
-        assert control.is_locked("m")
+        assert rundir.is_locked("m")
 
     def test_relative_paths_are_taken_from_here(self, host: Host, tmp_path: Path) -> None:
         """The server, which works in '/', is told the absolute path."""
@@ -300,29 +302,29 @@ class TestAttach:
         host.wait_for_log("memory", "slow")
         process.kill()
         process.communicate()
-        until(lambda: not control.is_locked("memory"))
+        until(lambda: not rundir.is_locked("memory"))
         assert host.names() == []
 
     def test_a_failed_attach_leaves_a_dead_disk_of_that_name(self, host: Host) -> None:
         """What a disk's dead server left is not removed by an attach of that name whose server dies, too."""
-        control.make_directory("m")
-        control.write_state("m", {"source": "/x"})
+        rundir.make_directory("m")
+        notes.write_state("m", {"source": "/x"})
         done = host.run("attach", "null:1G", "--name", "m", fake="die")
         assert done.returncode == 1
         assert "vduse-blk detach m" in done.stderr
-        assert control.read_state("m") == {"source": "/x"}
+        assert notes.read_state("m") == {"source": "/x"}
 
     @pytest.mark.parametrize("fake", ["heir", "slow"])
     def test_what_is_said_to_be_left_is_true(self, host: Host, fake: str) -> None:
         """An attach that gave up says that nothing is left only where the disk's directory is gone."""
-        control.make_directory("m")
-        control.write_state("m", {"source": "/x"})
+        rundir.make_directory("m")
+        notes.write_state("m", {"source": "/x"})
         code, report = host.json("attach", "null:1G", "--name", "m", "--timeout", "0.5", fake=fake)
         assert code == 7
         assert ("nothing is left" in report["error"]) == (host.names() == []) == (fake == "slow")
         if fake == "heir":
             assert "the disk 'm' that is there is an earlier server's (`vduse-blk info m` says more)" in report["error"]
-            assert control.read_state("m") == {"source": "/x"}
+            assert notes.read_state("m") == {"source": "/x"}
 
 
 class TestRace:
@@ -334,7 +336,7 @@ class TestRace:
         names: list[str] = []
 
         def remove(name: str, *, force: bool, node: int | None = None) -> None:
-            assert control.is_locked(name)
+            assert rundir.is_locked(name)
             names.append(name)
 
         monkeypatch.setattr(launch, "remove_leftover", remove)
@@ -352,16 +354,16 @@ class TestRace:
 
         monkeypatch.setattr(launch, "worker_command", command)
         with pytest.raises(ControlError) as caught:
-            launch.start(control.WorkerSpec(name="m", source="null:1G"), 30, unique=False)
+            launch.start(WorkerSpec(name="m", source="null:1G"), 30, unique=False)
         return caught.value
 
     def test_the_winners_device_stays(
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         locks: list[int] = []
-        error = self.lose(tmp_path, monkeypatch, lambda: locks.append(control.lock_directory("m")))
+        error = self.lose(tmp_path, monkeypatch, lambda: locks.append(rundir.lock_directory("m")))
         assert removed == []
-        assert control.is_locked("m")
+        assert rundir.is_locked("m")
         assert "the disk 'm' that is there is another attach's" in str(error)
         os.close(locks[0])
 
@@ -369,9 +371,9 @@ class TestRace:
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its disk was promised to somebody, who may use it: its directory says what it is."""
-        error = self.lose(tmp_path, monkeypatch, lambda: control.write_state("m", {"pid": 1}))
+        error = self.lose(tmp_path, monkeypatch, lambda: notes.write_state("m", {"pid": 1}))
         assert removed == []
-        assert control.read_state("m") == {"pid": 1}
+        assert notes.read_state("m") == {"pid": 1}
         assert "the disk 'm' that is there is another attach's" in str(error)
 
     def test_without_another_what_is_left_is_removed(
@@ -379,7 +381,7 @@ class TestRace:
     ) -> None:
         self.lose(tmp_path, monkeypatch, lambda: None)
         assert removed == ["m"]
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
 
 @pytest.mark.parametrize(
@@ -401,7 +403,7 @@ class TestServe:
         process = host.start("serve", "memory:1G", "--name", "m", fake="ready")
         assert process.stderr is not None
         assert process.stderr.readline() == "fake worker: ready\n"
-        until(lambda: bool(control.read_state("m")))
+        until(lambda: bool(notes.read_state("m")))
         info = host.json("info", "m")[1]
         assert info["pid"] == process.pid
         assert info["seen"]["ready_fd"] is None
@@ -442,7 +444,7 @@ class TestDetach:
         """One that answers nothing, is stopped, or dies when it is asked: within 5 seconds there is neither server nor disk,
         and the name is free."""
         host.run("attach", "memory:1G", fake="ready" if how == "stopped" else how)
-        pid = control.read_state("memory")["pid"]
+        pid = notes.read_state("memory")["pid"]
         if how == "stopped":
             os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
@@ -456,16 +458,16 @@ class TestDetach:
     def test_what_a_server_held_is_taken_before_it_is_killed(self, host: Host) -> None:
         """The lock of the disk's directory is whoever's who removes it, without a moment in which it is nobody's."""
         host.run("attach", "memory:1G", fake="mute")
-        pid = control.read_state("memory")["pid"]
+        pid = notes.read_state("memory")["pid"]
         taken = take_from(pid, str(host.run_dir / "memory"))
         assert taken is not None
         try:
             os.kill(pid, signal.SIGKILL)
             until(lambda: not is_running(pid))
-            assert control.is_locked("memory")
+            assert rundir.is_locked("memory")
         finally:
             os.close(taken)
-        assert not control.is_locked("memory")
+        assert not rundir.is_locked("memory")
         assert take_from(os.getpid(), str(host.run_dir / "nothing")) is None
         assert take_from(os.getpid(), str(host.run_dir)) is None
 
@@ -479,7 +481,7 @@ class TestDetach:
         """What a killed server left is cleaned up without it."""
         host.run("attach", "memory:1G")
         os.kill(host.server_pid("memory"), signal.SIGKILL)
-        until(lambda: not control.is_locked("memory"))
+        until(lambda: not rundir.is_locked("memory"))
         assert host.run("detach", "memory").returncode == 0
         assert host.names() == []
 
@@ -488,23 +490,23 @@ class TestDetach:
         removed: list[str] = []
 
         def remove(name: str, *, force: bool, node: int | None = None) -> None:
-            assert control.is_locked(name)
+            assert rundir.is_locked(name)
             removed.append(name)
 
         monkeypatch.setattr(launch, "remove_leftover", remove)
-        control.make_directory("m")
-        lock = control.lock_directory("m")
+        rundir.make_directory("m")
+        lock = rundir.lock_directory("m")
         with pytest.raises(ControlError, match="just now") as caught:
             detach_module._without_server("m", force=True)
-        assert (caught.value.exit_code, removed) == (control.Exit.BUSY, [])
+        assert (caught.value.exit_code, removed) == (Exit.BUSY, [])
         os.close(lock)
         detach_module._without_server("m", force=False)
-        assert (removed, control.disk_names()) == (["m"], [])
+        assert (removed, rundir.disk_names()) == (["m"], [])
 
     def test_a_directory_looked_at_meanwhile_is_removed(self, host: Host) -> None:
         """`list` takes the lock for an instant, just when detach wants to remove the directory."""
-        control.make_directory("m")
-        probe = control.open_directory("m")
+        rundir.make_directory("m")
+        probe = rundir.open_directory("m")
         fcntl.flock(probe, fcntl.LOCK_SH)
         process = host.start("detach", "m", fake="ready")
         time.sleep(0.7)
@@ -551,7 +553,7 @@ class TestList:
         host.run("attach", "memory:1G", "--name", "b")
         pids = {name: host.server_pid(name) for name in "ab"}
         os.kill(pids["b"], signal.SIGKILL)
-        until(lambda: not control.is_locked("b"))
+        until(lambda: not rundir.is_locked("b"))
         lines = [line.split() for line in host.run("list").stdout.splitlines()]
         assert lines == [
             ["NAME", "DEVICE", "SIZE", "PATH", "QUEUES", "SOURCE", "PID", "STATE"],
@@ -623,8 +625,8 @@ class TestInfo:
 
     def test_a_dead_disk(self, host: Host) -> None:
         """Of a disk without a server what its directory holds is shown, and its state; exit 0."""
-        control.make_directory("a")
-        control.write_state("a", {"source": "/x", "started_at": 1700000000.0, "pid": 1})
+        rundir.make_directory("a")
+        notes.write_state("a", {"source": "/x", "started_at": 1700000000.0, "pid": 1})
         code, report = host.json("info", "a")
         assert (code, report["state"], report["pid"], report["source"]) == (0, "dead", None, "/x")
         assert "dead" in host.run("info", "a").stdout
@@ -657,7 +659,7 @@ class TestResize:
 
     def test_a_dead_server_cannot(self, host: Host) -> None:
         """Resizing a disk without a server fails and points to its log."""
-        control.make_directory("a")
+        rundir.make_directory("a")
         done = host.run("resize", "a", "3G")
         assert done.returncode == 1
         assert str(host.run_dir / "a" / "log") in done.stderr
@@ -720,7 +722,7 @@ def test_version(host: Host) -> None:
 
 def test_bugs_keep_their_traceback(host: Host) -> None:
     """An exception nobody foresaw has a traceback and exit 1, and with --json an object all the same."""
-    bug = "from vduse_blk import control; from vduse_blk.cli import main; control.all_disks = None; main.main()"
+    bug = "from vduse_blk.control import status; status.all_disks = None; from vduse_blk.cli import main; main.main()"
     done = subprocess.run(
         [sys.executable, "-c", bug, "list", "--json"], env=host.env, capture_output=True, text=True, check=False
     )
@@ -731,7 +733,7 @@ def test_bugs_keep_their_traceback(host: Host) -> None:
 
 def test_a_closed_pipe_is_no_bug(host: Host) -> None:
     """`vduse-blk list | true` prints no traceback."""
-    control.make_directory("a")
+    rundir.make_directory("a")
     done = subprocess.run(
         ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", *host.command("info", "a")],
         env=host.env, capture_output=True, text=True, check=False,
@@ -751,8 +753,8 @@ def test_completion_scripts(host: Host, shell: str) -> None:
 
 def test_bash_completes_names_and_options(host: Host) -> None:
     """The shell gets the names of disks for NAME, and options after '--'."""
-    control.make_directory("alpha")
-    control.make_directory("beta")
+    rundir.make_directory("alpha")
+    rundir.make_directory("beta")
 
     def ask(words: str, index: int) -> list[str]:
         env = host.env | {
@@ -809,7 +811,7 @@ def test_every_command_is_documented(name: str) -> None:
 def test_every_exit_status_is_documented() -> None:
     """The table in docs/cli.md lists exactly the exit codes there are."""
     table = DOCS.read_text().split("## Exit status")[1].split("## ")[0]
-    assert {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {int(code) for code in control.Exit}
+    assert {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {int(code) for code in Exit}
 
 
 @pytest.mark.parametrize(
@@ -843,7 +845,7 @@ class TestRunDirectoryInTheWay:
     )  # fmt: skip
     def test_is_one_sentence_at_once(self, host: Host, tmp_path: Path, arguments: tuple[str, ...]) -> None:
         """No name is free there, so none is looked for: exit 4."""
-        host.env[control.RUN_ENV] = str(tmp_path / "run")
+        host.env[rundir.RUN_ENV] = str(tmp_path / "run")
         (tmp_path / "run").touch()
         done = host.run(*arguments)
         assert (done.returncode, done.stderr) == (
@@ -860,7 +862,7 @@ class TestRelativeDirectories:
         [("attach", "null:1G"), ("serve", "null:1G", "--name", "a"), ("list",), ("info", "a"), ("detach", "a"), ("doctor",)],
     )
     def test_a_run_directory_is_refused(self, host: Host, tmp_path: Path, arguments: tuple[str, ...]) -> None:
-        host.env[control.RUN_ENV] = "run"
+        host.env[rundir.RUN_ENV] = "run"
         done = host.run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (
             2,
@@ -894,7 +896,7 @@ class TestDamagedDisk:
     @pytest.fixture(params=["directory", "fifo", "link", "nested"])
     def damaged(self, host: Host, request: pytest.FixtureRequest) -> Path:
         """``state.json`` of disk 'a'; a sound dead disk is called 'b'."""
-        state = control.make_directory("a").state
+        state = rundir.make_directory("a").state
         match request.param:
             case "directory":
                 state.mkdir()
@@ -904,8 +906,8 @@ class TestDamagedDisk:
                 state.symlink_to("/dev/zero")
             case "nested":
                 state.write_text("[" * 100_000)
-        control.make_directory("b")
-        control.write_state("b", {"source": "/x"})
+        rundir.make_directory("b")
+        notes.write_state("b", {"source": "/x"})
         return state
 
     def test_is_listed_as_dead(self, host: Host, damaged: Path) -> None:
@@ -946,7 +948,7 @@ def test_without_root(host: Host) -> None:
         )  # fmt: skip
 
     host.run_dir.chmod(0o755)
-    control.make_directory("a")
+    rundir.make_directory("a")
     for arguments in (("attach", "null:1G"), ("serve", "null:1G"), ("info", "a"), ("detach", "a"), ("resize", "a", "1G")):
         done = run(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (5, 1)
@@ -983,7 +985,7 @@ class TestPoorSurroundings:
     )  # fmt: skip
     def test_full_output(self, host: Host, arguments: tuple[str, ...]) -> None:
         """What cannot be printed is one sentence and exit 1."""
-        control.make_directory("a")
+        rundir.make_directory("a")
         done = in_shell(host, '"$@" >/dev/full', *arguments)
         assert (done.returncode, done.stderr) == (
             1,
@@ -1012,7 +1014,7 @@ class TestPoorSurroundings:
         serving = subprocess.Popen(
             ["bash", "-c", f'exec "$@" {closed}', "bash", *host.command("serve", "null:1G", "--name", "a")], env=host.env
         )
-        until(lambda: control.disk_names() == ["a"] and control.disk_status("a").state == "serving")
+        until(lambda: rundir.disk_names() == ["a"] and disk_status("a").state == "serving")
         assert host.json("info", "a")[1]["seen"]["descriptors"] == [0, 1, 2]
         assert host.run("detach", "a").returncode == 0
         assert serving.wait(60) == 0
@@ -1036,7 +1038,7 @@ class TestPoorSurroundings:
 @pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
 def test_a_log_that_is_no_file(host: Host, kind: str) -> None:
     """A dead disk's log is not followed elsewhere: one sentence, exit 4."""
-    log = control.make_directory("a").log
+    log = rundir.make_directory("a").log
     match kind:
         case "link":
             log.symlink_to("/dev/null")

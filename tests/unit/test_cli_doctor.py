@@ -10,7 +10,8 @@ import pytest
 from vduse_blk.exporters.vduse import doctor
 from vduse_blk.exporters.vduse.doctor import Finding
 
-from vduse_blk import control
+from vduse_blk.control import rundir
+from vduse_blk.control.errors import ControlError
 
 RELEASE = "6.12.1-test"
 ALL_CAPABILITIES = "000001ffffffffff"
@@ -216,10 +217,10 @@ def test_locked_memory(root: Path, capabilities: str, hard: int, level: str) -> 
 
 def test_run_directory(tmp_path: Path) -> None:
     """It is there, or can be made; a file in the way is a failure."""
-    assert doctor.check_run_dir(tmp_path, control.check_run_root).level == "ok"
-    assert doctor.check_run_dir(tmp_path / "a" / "b", control.check_run_root).level == "ok"
+    assert doctor.check_run_dir(tmp_path, rundir.check_run_root).level == "ok"
+    assert doctor.check_run_dir(tmp_path / "a" / "b", rundir.check_run_root).level == "ok"
     (tmp_path / "file").write_text("")
-    check_trouble(doctor.check_run_dir(tmp_path / "file" / "b", control.check_run_root), "fail", "file")
+    check_trouble(doctor.check_run_dir(tmp_path / "file" / "b", rundir.check_run_root), "fail", "file")
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling", "open"])
@@ -236,17 +237,17 @@ def test_run_directory_that_attach_refuses(tmp_path: Path, kind: str, monkeypatc
         case "open":
             place.mkdir()
             place.chmod(0o777)
-    monkeypatch.setenv(control.RUN_ENV, str(place))
-    with pytest.raises(control.ControlError) as caught:
-        control.make_directory("a")
-    check_trouble(doctor.check_run_dir(place, control.check_run_root), "fail", str(caught.value))
+    monkeypatch.setenv(rundir.RUN_ENV, str(place))
+    with pytest.raises(ControlError) as caught:
+        rundir.make_directory("a")
+    check_trouble(doctor.check_run_dir(place, rundir.check_run_root), "fail", str(caught.value))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_run_directory_of_somebody_else(tmp_path: Path) -> None:
     """It is not enough that root may write there."""
     os.chown(tmp_path, 65534, 65534)
-    check_trouble(doctor.check_run_dir(tmp_path, control.check_run_root), "fail", "65534")
+    check_trouble(doctor.check_run_dir(tmp_path, rundir.check_run_root), "fail", "65534")
 
 
 def test_udev(root: Path) -> None:
@@ -258,7 +259,7 @@ def test_udev(root: Path) -> None:
 
 def test_all_at_once(tmp_path: Path) -> None:
     """On this very machine every check comes to a finding, and each name appears once."""
-    findings = doctor.examine(tmp_path, control.check_run_root)
+    findings = doctor.examine(tmp_path, rundir.check_run_root)
     names = [finding.name for finding in findings]
     assert len(names) == len(set(names))
     assert {"privileges", "kernel", "module vduse", "io_uring", "page size", "run directory"} <= set(names)

@@ -16,23 +16,29 @@ from pathlib import Path
 
 import pytest
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import ControlError, DiskPaths, Exit, WorkerSpec
+from vduse_blk.control import messages, notes, rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit, NotServed
+from vduse_blk.control.messages import MAX_MESSAGE
+from vduse_blk.control.process import read_stat
+from vduse_blk.control.rundir import DiskPaths
+from vduse_blk.control.spec import WorkerSpec
+from vduse_blk.control.status import all_disks, disk_status
 
 
 @pytest.fixture(autouse=True)
 def run_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run directory with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp") as directory:
-        monkeypatch.setenv(control.RUN_ENV, directory)
+        monkeypatch.setenv(rundir.RUN_ENV, directory)
         yield Path(directory)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "_x", "disk.img", "A-b_c.9", "x" * 63])
 def test_good_names_pass(name: str) -> None:
     """Letters, digits, '_', '.', '-' up to 63 characters make a name."""
-    assert control.check_name(name) == name
+    assert rundir.check_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "control", "-x", ".x", "a/b", "a b", "x" * 64, "ä", "a\n", "a\0", "٣"])
@@ -40,13 +46,13 @@ def test_bad_names_are_bad_input(name: str) -> None:
     """Whatever could leave the directory, clash with the kernel's node or confuse a tool is refused with exit
     2."""
     with pytest.raises(UserError, match="name:") as caught:
-        control.check_name(name)
+        rundir.check_name(name)
     assert caught.value.exit_code == Exit.USAGE
 
 
 def test_a_run_directory_too_long_for_a_socket_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket's path has at most 107 bytes; the user hears which variable to shorten."""
-    monkeypatch.setenv(control.RUN_ENV, "/tmp/" + "x" * 90)
+    monkeypatch.setenv(rundir.RUN_ENV, "/tmp/" + "x" * 90)
     with pytest.raises(UserError, match="VDUSE_BLK_RUN"):
         DiskPaths.of("disk")
 
@@ -54,26 +60,26 @@ def test_a_run_directory_too_long_for_a_socket_is_reported(monkeypatch: pytest.M
 class TestDirectory:
     def test_modes(self, run_dir: Path) -> None:
         """Only root's own eyes see a disk's directory; the list of names is no secret."""
-        paths = control.make_directory("d")
+        paths = rundir.make_directory("d")
         assert stat.S_IMODE(paths.directory.stat().st_mode) == 0o700
-        assert control.disk_names() == ["d"]
+        assert rundir.disk_names() == ["d"]
 
     def test_exclusive_claims_a_name_once(self) -> None:
         """Of two that claim the same name one gets it."""
-        control.make_directory("d", exclusive=True)
+        rundir.make_directory("d", exclusive=True)
         with pytest.raises(FileExistsError):
-            control.make_directory("d", exclusive=True)
+            rundir.make_directory("d", exclusive=True)
 
     def test_lock_is_exclusive_and_ends_with_its_descriptor(self) -> None:
         """A second server of a disk is refused with 'busy'; when the first is gone it is not."""
-        fd = control.lock_directory("d")
-        assert control.is_locked("d")
+        fd = rundir.lock_directory("d")
+        assert rundir.is_locked("d")
         with pytest.raises(ControlError) as caught:
-            control.lock_directory("d", patience=0)
+            rundir.lock_directory("d", patience=0)
         assert caught.value.exit_code == Exit.BUSY
         os.close(fd)
-        assert not control.is_locked("d")
-        os.close(control.lock_directory("d", patience=0))
+        assert not rundir.is_locked("d")
+        os.close(rundir.lock_directory("d", patience=0))
 
     def test_lock_survives_in_a_killed_process_only_as_long_as_it_lives(self) -> None:
         """The kernel drops the lock of a killed server."""
@@ -81,56 +87,56 @@ class TestDirectory:
             [
                 sys.executable,
                 "-c",
-                "from vduse_blk import control; control.lock_directory('d'); print(flush=True); input()",
+                "from vduse_blk.control import rundir; rundir.lock_directory('d'); print(flush=True); input()",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         assert child.stdout is not None
         child.stdout.readline()
-        assert control.is_locked("d")
+        assert rundir.is_locked("d")
         child.kill()
         child.communicate()
-        assert not control.is_locked("d")
+        assert not rundir.is_locked("d")
 
     def test_a_probe_does_not_turn_a_server_away(self) -> None:
         """Locking waits out the instant in which somebody asks whether the disk is served."""
-        control.make_directory("d")
+        rundir.make_directory("d")
         stop = threading.Event()
 
         def probe() -> None:
             while not stop.is_set():
-                control.is_locked("d")
+                rundir.is_locked("d")
 
         thread = threading.Thread(target=probe)
         thread.start()
         try:
             for _ in range(50):
-                os.close(control.lock_directory("d", patience=30))
+                os.close(rundir.lock_directory("d", patience=30))
         finally:
             stop.set()
             thread.join()
 
     def test_remove_leaves_a_served_disk_alone(self) -> None:
         """Nobody but the server removes the directory of a disk that is served."""
-        fd = control.lock_directory("d")
-        control.write_state("d", {"name": "d"})
-        assert control.remove_directory("d", patience=0) is False
-        assert control.read_state("d") == {"name": "d"}
-        assert control.remove_directory("d", locked_fd=fd) is True
-        assert control.disk_names() == []
+        fd = rundir.lock_directory("d")
+        notes.write_state("d", {"name": "d"})
+        assert rundir.remove_directory("d", patience=0) is False
+        assert notes.read_state("d") == {"name": "d"}
+        assert rundir.remove_directory("d", locked_fd=fd) is True
+        assert rundir.disk_names() == []
         os.close(fd)
 
     def test_a_probe_does_not_keep_a_directory(self) -> None:
         """`list` asks by the same lock for an instant; removing waits that out."""
-        control.make_directory("d")
-        probe = control.open_directory("d")
+        rundir.make_directory("d")
+        probe = rundir.open_directory("d")
         fcntl.flock(probe, fcntl.LOCK_SH)
         timer = threading.Timer(0.1, os.close, (probe,))
         timer.start()
-        assert control.remove_directory("d") is True
+        assert rundir.remove_directory("d") is True
         timer.join()
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
     @pytest.mark.parametrize(("where", "mode"), [("root", 0o777), ("root", 0o775), ("d", 0o755), ("d", 0o710)])
     def test_a_directory_that_others_may_use_is_refused(self, where: str, mode: int, run_dir: Path) -> None:
@@ -138,7 +144,7 @@ class TestDirectory:
         directory = run_dir / "d"
         directory.mkdir(0o700)
         (run_dir if where == "root" else directory).chmod(mode)
-        for claim in (control.make_directory, control.lock_directory):
+        for claim in (rundir.make_directory, rundir.lock_directory):
             with pytest.raises(ControlError, match="is not safe to use") as caught:
                 claim("d")
             assert caught.value.exit_code == Exit.DENIED
@@ -151,7 +157,7 @@ class TestDirectory:
         directory.mkdir(0o700)
         os.chown(run_dir if where == "root" else directory, 65534, 65534)
         with pytest.raises(ControlError, match="belongs to user 65534"):
-            control.lock_directory("d")
+            rundir.lock_directory("d")
 
     @pytest.mark.parametrize("where", ["root", "d"])
     def test_a_link_is_no_directory(self, where: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,63 +165,84 @@ class TestDirectory:
         (run_dir / "real").mkdir(0o700)
         (run_dir / "d").symlink_to("real")
         if where == "root":
-            monkeypatch.setenv(control.RUN_ENV, str(run_dir / "d"))
+            monkeypatch.setenv(rundir.RUN_ENV, str(run_dir / "d"))
         with pytest.raises(ControlError, match="in the way"):
-            control.lock_directory("d")
+            rundir.lock_directory("d")
 
     def test_remove_by_a_former_server_leaves_the_successor_alone(self) -> None:
         """A directory made anew under the same name is not removed on the strength of the old one's lock."""
-        old = control.lock_directory("d")
-        control.remove_directory("d", locked_fd=old)
-        new = control.lock_directory("d")
-        control.remove_directory("d", locked_fd=old)
-        assert control.disk_names() == ["d"]
+        old = rundir.lock_directory("d")
+        rundir.remove_directory("d", locked_fd=old)
+        new = rundir.lock_directory("d")
+        rundir.remove_directory("d", locked_fd=old)
+        assert rundir.disk_names() == ["d"]
         os.close(old)
         os.close(new)
 
     def test_remove_of_a_known_directory_leaves_a_new_one_alone(self) -> None:
         """Who failed to start a disk does not remove the directory that another has made since."""
-        control.make_directory("d")
-        mine = control.open_directory("d")
-        assert control.remove_directory("d") is True
-        control.make_directory("d")
-        assert control.remove_directory("d", opened_fd=mine) is True
-        assert control.disk_names() == ["d"]
+        rundir.make_directory("d")
+        mine = rundir.open_directory("d")
+        assert rundir.remove_directory("d") is True
+        rundir.make_directory("d")
+        assert rundir.remove_directory("d", opened_fd=mine) is True
+        assert rundir.disk_names() == ["d"]
         os.close(mine)
 
     def test_lock_follows_a_directory_removed_meanwhile(self) -> None:
         """A server that wins the lock of a directory just removed makes and locks a new one."""
-        old = control.lock_directory("d")
+        old = rundir.lock_directory("d")
         waiter_fd: list[int] = []
-        waiter = threading.Thread(target=lambda: waiter_fd.append(control.lock_directory("d", patience=30)))
+        waiter = threading.Thread(target=lambda: waiter_fd.append(rundir.lock_directory("d", patience=30)))
         waiter.start()
-        control.remove_directory("d", locked_fd=old)
+        rundir.remove_directory("d", locked_fd=old)
         os.close(old)
         waiter.join()
         assert os.path.samestat(os.fstat(waiter_fd[0]), DiskPaths.of("d").directory.stat())
         os.close(waiter_fd[0])
 
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_directory_removed_as_it_is_looked_at_is_made_again(self, there: bool) -> None:
+        """A server that starts while `detach` removes the directory it has just found, or made, is no error."""
+        directory = DiskPaths.of("d").directory
+        if there:
+            rundir.make_directory("d")
+        look = os.lstat
+        looks: list[Path] = []
+
+        def remove_first(path: Path) -> os.stat_result:
+            if path == directory and not looks:
+                looks.append(path)
+                assert rundir.remove_directory("d")
+            return look(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "lstat", remove_first)
+            os.close(rundir.lock_directory("d"))
+        assert looks
+        assert directory.is_dir()
+
     def test_a_file_in_the_way_is_one_sentence(self, run_dir: Path) -> None:
         """A run directory in which a file has the disk's name gives a user error, not a traceback."""
         (run_dir / "d").write_text("")
         with pytest.raises(ControlError, match="in the way"):
-            control.lock_directory("d")
+            rundir.lock_directory("d")
 
     def test_state_is_replaced_whole_and_private(self) -> None:
         """state.json has mode 0600 and its replacement leaves no other file."""
-        paths = control.make_directory("d")
-        control.write_state("d", {"a": 1})
-        control.write_state("d", {"a": 2})
-        assert control.read_state("d") == {"a": 2}
+        paths = rundir.make_directory("d")
+        notes.write_state("d", {"a": 1})
+        notes.write_state("d", {"a": 2})
+        assert notes.read_state("d") == {"a": 2}
         assert [p.name for p in paths.directory.iterdir()] == ["state.json"]
         assert stat.S_IMODE(paths.state.stat().st_mode) == 0o600
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
     def test_damaged_state_reads_as_nothing_known(self, text: str) -> None:
         """A disk whose state.json is damaged can still be listed and removed."""
-        control.make_directory("d").state.write_text(text)
-        assert control.read_state("d") == {}
-        assert control.disk_status("d").state == "dead"
+        rundir.make_directory("d").state.write_text(text)
+        assert notes.read_state("d") == {}
+        assert disk_status("d").state == "dead"
 
 
 class TestWorkerSpec:
@@ -272,7 +299,7 @@ class Server(threading.Thread):
         super().__init__(daemon=True)
         self._answers = answers
         self.requests: list[bytes] = []
-        control.make_directory(name)
+        rundir.make_directory(name)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(DiskPaths.of(name).socket))
         self._listener.listen()
@@ -290,51 +317,51 @@ class Server(threading.Thread):
 class TestClient:
     def test_request_and_reply(self) -> None:
         """A request is one JSON line with its op and arguments; the reply comes back as a dictionary."""
-        server = Server("d", control.ok_reply(size=4096))
-        with control.Client("d") as client:
+        server = Server("d", messages.ok_reply(size=4096))
+        with Client("d") as client:
             assert client.call("resize", size=4096)["size"] == 4096
             assert client.server_pid == os.getpid()
         assert json.loads(server.requests[0]) == {"op": "resize", "size": 4096}
 
     def test_a_refusal_carries_sentence_code_and_holders(self) -> None:
         """What the server says of a refusal reaches the caller unchanged."""
-        Server("d", control.error_reply("disk 'd' is in use", 4, ["/mnt"]))
-        with control.Client("d") as client, pytest.raises(ControlError, match="disk 'd' is in use") as caught:
+        Server("d", messages.error_reply("disk 'd' is in use", 4, ["/mnt"]))
+        with Client("d") as client, pytest.raises(ControlError, match="disk 'd' is in use") as caught:
             client.call("detach")
         assert (caught.value.exit_code, caught.value.holders) == (4, ["/mnt"])
 
-    @pytest.mark.parametrize("answer", [b"", b"{", b"nonsense\n", b"[1]\n", b"x" * (control.MAX_MESSAGE + 9)])
+    @pytest.mark.parametrize("answer", [b"", b"{", b"nonsense\n", b"[1]\n", b"x" * (MAX_MESSAGE + 9)])
     def test_broken_replies_are_reported(self, answer: bytes) -> None:
         """A reply cut short, too long or not JSON names the server's log and has exit code 1."""
         Server("d", answer)
-        with control.Client("d") as client, pytest.raises(ControlError, match="log") as caught:
+        with Client("d") as client, pytest.raises(ControlError, match="log") as caught:
             client.call("info")
         assert caught.value.exit_code == Exit.FAILED
 
     def test_no_such_disk(self) -> None:
         """Without a directory there is no disk: exit 3."""
         with pytest.raises(ControlError, match="no disk is called 'd'") as caught:
-            control.Client("d")
+            Client("d")
         assert caught.value.exit_code == Exit.NOT_FOUND
 
     def test_a_dead_server_is_told_from_no_disk(self) -> None:
         """A directory whose socket nobody listens on means a dead server."""
-        control.make_directory("d")
-        with pytest.raises(control.NotServed):
-            control.Client("d")
+        rundir.make_directory("d")
+        with pytest.raises(NotServed):
+            Client("d")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(DiskPaths.of("d").socket))
         listener.close()
-        with pytest.raises(control.NotServed):
-            control.Client("d")
+        with pytest.raises(NotServed):
+            Client("d")
 
     def test_silence_times_out(self) -> None:
         """A server that takes the request and says nothing is given up after the timeout: exit 7."""
-        control.make_directory("d")
+        rundir.make_directory("d")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(DiskPaths.of("d").socket))
             listener.listen()
-            with control.Client("d", timeout=0.05) as client, pytest.raises(ControlError) as caught:
+            with Client("d", timeout=0.05) as client, pytest.raises(ControlError) as caught:
                 client.call("info")
         assert caught.value.exit_code == Exit.TIMEOUT
 
@@ -342,16 +369,16 @@ class TestClient:
 class TestStatus:
     def test_states(self) -> None:
         """Dead, starting, silent and serving are told apart, and each disk is listed once."""
-        control.make_directory("a-dead")
-        control.write_state("a-dead", {"source": "/x"})
-        starting = control.lock_directory("b-starting")
-        silent = control.lock_directory("c-silent")
+        rundir.make_directory("a-dead")
+        notes.write_state("a-dead", {"source": "/x"})
+        starting = rundir.lock_directory("b-starting")
+        silent = rundir.lock_directory("c-silent")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(DiskPaths.of("c-silent").socket))
         listener.listen()
-        Server("d-serving", control.ok_reply(phase="serving", size=1))
+        Server("d-serving", messages.ok_reply(phase="serving", size=1))
         try:
-            disks = {disk.name: disk for disk in control.all_disks(timeout=0.1)}
+            disks = {disk.name: disk for disk in all_disks(timeout=0.1)}
         finally:
             listener.close()
             os.close(starting)
@@ -369,12 +396,12 @@ class TestStatus:
         (run_dir / "file").write_text("")
         (run_dir / ".hidden").mkdir()
         (run_dir / "link").symlink_to("/")
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
     def test_no_run_directory_no_disks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before the first attach the list is empty."""
-        monkeypatch.setenv(control.RUN_ENV, "/tmp/vduse-blk-not-there")
-        assert list(control.all_disks()) == []
+        monkeypatch.setenv(rundir.RUN_ENV, "/tmp/vduse-blk-not-there")
+        assert list(all_disks()) == []
 
 
 @pytest.mark.parametrize(
@@ -385,14 +412,14 @@ class TestStatus:
 def test_what_is_no_request_is_a_value_error(line: bytes) -> None:
     """The server answers it as bad usage, not as a bug of its own."""
     with pytest.raises(ValueError):  # noqa: PT011
-        control.decode_message(line)
+        messages.decode_message(line)
 
 
 def test_state_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
     """With the path, as the reason may be a full file system."""
-    control.make_directory("d").state.mkdir()
+    rundir.make_directory("d").state.mkdir()
     with pytest.raises(ControlError, match=f"cannot write {run_dir}/d/state.json: ") as caught:
-        control.write_state("d", {})
+        notes.write_state("d", {})
     assert os.listdir(run_dir / "d") == ["state.json"]
     assert caught.value.exit_code == Exit.FAILED
 
@@ -401,3 +428,14 @@ def test_state_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
 def test_timeouts_that_cannot_be_waited_for(timeout: float) -> None:
     with pytest.raises(UserError, match="timeout: "):
         WorkerSpec(name="d", source="null:1G", timeout=timeout)
+
+
+def test_a_process_may_be_called_anything() -> None:
+    """What is read of a process is its own, not what its name makes of it; nor need the name be text."""
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes(b"x) Z 1 \xff) Z 1")
+    try:
+        assert read_stat(Path("/proc/self"))[:2] == ("R", os.getppid())
+    finally:
+        name.write_bytes(before)

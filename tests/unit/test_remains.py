@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vduse_blk import control
-from vduse_blk.control import ControlError
+from vduse_blk.control import rundir
+from vduse_blk.control.errors import ControlError
 from vduse_blk.worker.remains import Remains, settings_of
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(control.RUN_ENV, str(tmp_path))
-    return control.make_directory("d").directory
+    monkeypatch.setenv(rundir.RUN_ENV, str(tmp_path))
+    return rundir.make_directory("d").directory
 
 
 def test_what_is_written_is_what_the_next_one_finds(folder: Path) -> None:

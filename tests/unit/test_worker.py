@@ -18,10 +18,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from vduse_blk import control
 from vduse_blk.block.holders import take_from
 from vduse_blk.cli import launch, show
-from vduse_blk.control import ControlError, Exit
+from vduse_blk.control import notes, rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.process import is_dying
+from vduse_blk.control.spec import WorkerSpec
+from vduse_blk.control.status import disk_status
 
 HERE = Path(__file__).parent
 
@@ -29,7 +33,7 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def run_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp") as directory:
-        monkeypatch.setenv(control.RUN_ENV, directory)
+        monkeypatch.setenv(rundir.RUN_ENV, directory)
         yield Path(directory)
 
 
@@ -73,12 +77,12 @@ class Server:
         return self._log.read_text()
 
     def until(self, phase: str) -> None:
-        while control.disk_status("d").state != phase if control.disk_names() else True:
+        while disk_status("d").state != phase if rundir.disk_names() else True:
             assert self.process.poll() is None, self.log
             time.sleep(0.01)
 
     def call(self, op: str, **arguments: Any) -> dict[str, Any]:
-        with control.Client("d") as client:
+        with Client("d") as client:
             return client.call(op, **arguments)
 
 
@@ -89,15 +93,15 @@ class Hung:
     """A dead server of disk "d" of which one thread has not ended, and ``lock``: a duplicate of the one it keeps."""
 
     def __init__(self) -> None:
-        self.lock = control.lock_directory("d")
+        self.lock = rundir.lock_directory("d")
         # As the kernel leaves a killed process: the first thread has exited, another has not.
         number = 60 if os.uname().machine == "x86_64" else 93  # exit(2), of one thread
         words = f"import ctypes, threading; threading.Thread(target=input).start(); ctypes.CDLL(None).syscall({number}, 0)"
         self.process = subprocess.Popen(
             [sys.executable, "-c", words], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[self.lock]
         )
-        control.write_state("d", control.read_state("d") | {"pid": self.process.pid})
-        while not control.is_dying("d"):
+        notes.write_state("d", notes.read_state("d") | {"pid": self.process.pid})
+        while not is_dying("d"):
             assert self.process.poll() is None
             time.sleep(0.01)
 
@@ -154,7 +158,7 @@ class TestDetach:
             with pytest.raises(ControlError, match="the kernel holds on to it"):
                 server.call("detach")
             assert server.call("ping")["phase"] == "serving"
-            assert control.read_state("d")["phase"] == "serving"
+            assert notes.read_state("d")["phase"] == "serving"
         server.call("detach")
         assert server.process.wait(30) == 0
         assert list(run_dir.iterdir()) == []
@@ -177,7 +181,7 @@ class TestDetach:
         server.call("detach")
         assert (run_dir / "undone").exists()
         assert server.process.wait(30) == Exit.FAILED
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
 
 def test_why_a_start_failed_is_not_lost_in_undoing_it(start: Start, run_dir: Path) -> None:
@@ -265,7 +269,7 @@ class TestSet:
             ("faults2", "delay=0.005"),
         ]
         assert server.call("info")["policy"]["on_error"] == "wait"
-        spec = control.WorkerSpec.from_json(json.dumps(control.read_state("d")["spec"]))
+        spec = WorkerSpec.from_json(json.dumps(notes.read_state("d")["spec"]))
         assert (spec.on_error, list(spec.filters)) == ("wait", ["faults?count=4&error=EIO", "faults?delay=0.005"])
         server.call("set", values={"on-error": "", "faults.error": ""})
         info = server.call("info")
@@ -328,11 +332,11 @@ class TestTakingOver:
     def test_the_same_disk_is_served_on(self, start: Start, run_dir: Path) -> None:
         """The successor takes over instead of making the disk anew, and both what it did again and who did it are noted."""
         killed(start)
-        assert control.disk_status("d").state == "dead"
+        assert disk_status("d").state == "dead"
         server = start(**KEPT)
         server.until("serving")
         assert server.call("info")["options"]["adopt"] is True
-        (event,) = control.read_events("d")
+        (event,) = notes.read_events("d")
         assert (event["event"], event["pid"], event["replayed"]) == ("taken over", server.process.pid, 17)
         server.call("detach")
         assert server.process.wait(30) == 0
@@ -513,8 +517,8 @@ class TestTakingOver:
         hung = Hung()
         try:
             listener = socket.socket(socket.AF_UNIX)
-            control.DiskPaths.of("d").socket.unlink()
-            listener.bind(str(control.DiskPaths.of("d").socket))
+            rundir.DiskPaths.of("d").socket.unlink()
+            listener.bind(str(rundir.DiskPaths.of("d").socket))
             listener.listen()  # as the hanging process, which has its files open, still does
             shown = CliRunner().invoke(show.info, ["d", "--json"])
             found = json.loads(shown.stdout)
@@ -527,7 +531,7 @@ class TestTakingOver:
             listener.close()
         finally:
             hung.end()
-        assert control.disk_status("d").state == "dead"
+        assert disk_status("d").state == "dead"
 
     def test_a_disk_removed_meanwhile_is_not_made_again(self, start: Start, run_dir: Path, hung: Hung) -> None:
         """`detach --force` while a successor waits for the dead server."""
@@ -535,9 +539,9 @@ class TestTakingOver:
         while "waiting for the last I/O of the dead server" not in server.log:
             assert server.process.poll() is None, server.log
             time.sleep(0.01)
-        control.remove_directory("d", locked_fd=hung.lock)
+        rundir.remove_directory("d", locked_fd=hung.lock)
         assert server.process.wait(30) == Exit.NOT_FOUND
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
     def test_memory_is_never_replaced_by_zeros(self, start: Start, run_dir: Path) -> None:
         """A disk whose contents are gone is failed and removed, and whoever asked for it is told."""
@@ -546,7 +550,7 @@ class TestTakingOver:
         assert server.process.wait(30) == Exit.FAILED
         assert "died with its server" in server.log
         assert (run_dir / "failed").exists()
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
     def test_storage_that_does_not_fence_is_not_taken_over(self, start: Start, run_dir: Path) -> None:
         killed(start, source="careless:?size=1M")
@@ -577,7 +581,7 @@ class TestLeaving:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == Exit.LEFT
         assert "it is mounted on /mnt. The server ends" in server.log
-        assert control.read_state("d")["phase"] == "left"
+        assert notes.read_state("d")["phase"] == "left"
         server = start(**KEPT)
         server.until("serving")
 
@@ -588,7 +592,7 @@ class TestLeaving:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == Exit.LEFT
         assert "left to the next server as it is: what is in flight has not ended within 5 seconds" in server.log
-        assert control.read_state("d")["phase"] == "left"
+        assert notes.read_state("d")["phase"] == "left"
         server = start(**KEPT)
         server.until("serving")
 
@@ -604,7 +608,7 @@ class TestLeaving:
 
 
 def monitored(start: Start, *, pause: float = 0.1, **how: Any) -> Server:
-    control.make_directory("d")  # as attach does
+    rundir.make_directory("d")  # as attach does
     code = f"import sys; from vduse_blk.worker import monitor; monitor._PAUSE = {pause}; sys.exit(monitor.main())"
     return start(command=("-c", code), restart="on-failure", **KEPT | how)
 
@@ -613,7 +617,7 @@ def serving_pid(server: Server, *, other_than: int = 0) -> int:
     """Process id of a server that serves."""
     while True:
         assert server.process.poll() is None, server.log
-        status = control.disk_status("d")
+        status = disk_status("d")
         if status.state == "serving" and status.info["pid"] != other_than:
             return int(status.info["pid"])
         time.sleep(0.01)
@@ -628,14 +632,14 @@ class TestMonitor:
         second = serving_pid(monitor, other_than=first)
         os.kill(second, signal.SIGSEGV)
         third = serving_pid(monitor, other_than=second)
-        events = [(e["event"], e["pid"], e.get("signal"), e.get("replayed")) for e in control.read_events("d")]
+        events = [(e["event"], e["pid"], e.get("signal"), e.get("replayed")) for e in notes.read_events("d")]
         assert events == [
             ("ended", first, signal.SIGKILL, None),
             ("taken over", second, None, 17),
             ("ended", second, signal.SIGSEGV, None),
             ("taken over", third, None, 17),
         ]
-        assert control.disk_status("d").info["monitor"] == monitor.process.pid
+        assert disk_status("d").info["monitor"] == monitor.process.pid
         monitor.call("detach")
         assert monitor.process.wait(30) == 0
         assert list(run_dir.iterdir()) == []
@@ -643,15 +647,15 @@ class TestMonitor:
     def test_a_start_that_fails_is_not_repeated(self, start: Start, run_dir: Path) -> None:
         monitor = monitored(start, FAKE_START="fail")
         assert monitor.process.wait(30) == Exit.UNSUPPORTED
-        assert control.disk_names() == []
+        assert rundir.disk_names() == []
 
     def test_a_server_that_dies_at_once_is_given_up(self, start: Start) -> None:
         """Ten in a row; then the disk stays for somebody to look at."""
         monitor = monitored(start, pause=0.001, FAKE_LIFE="short")
         assert monitor.process.wait(60) == Exit.FAILED
-        assert control.read_events("d")[-1]["event"] == "given up"
+        assert notes.read_events("d")[-1]["event"] == "given up"
         assert "10 servers in a row have ended" in monitor.log
-        assert control.disk_status("d").state == "dead"
+        assert disk_status("d").state == "dead"
 
     def test_a_signal_is_the_servers(self, start: Start) -> None:
         """The monitor ends as its server does, and starts no other."""
@@ -659,7 +663,7 @@ class TestMonitor:
         serving_pid(monitor)
         monitor.process.send_signal(signal.SIGTERM)
         assert monitor.process.wait(30) == Exit.LEFT
-        assert control.disk_status("d").state == "dead"
+        assert disk_status("d").state == "dead"
 
     def test_a_disk_that_is_removed_meanwhile_is_left_alone(self, start: Start, run_dir: Path) -> None:
         monitor = monitored(start)
@@ -668,7 +672,7 @@ class TestMonitor:
         assert lock is not None
         os.kill(pid, signal.SIGKILL)
         assert monitor.process.wait(30) == 0
-        control.remove_directory("d", locked_fd=lock)
+        rundir.remove_directory("d", locked_fd=lock)
         os.close(lock)
 
 
@@ -676,20 +680,20 @@ class TestMonitor:
         """Between the monitor's last look and the new server's lock: the directory is not made again."""
         code = """
 import sys
-from vduse_blk import control
+from vduse_blk.control import rundir
 from vduse_blk.worker import monitor
 class Late(monitor.Monitor):
     starts = 0
     def _start(self, *how):
         self.starts += 1
         if self.starts == 2:
-            (control.run_root() / "kept").unlink()
-            control.remove_directory("d")
+            (rundir.run_root() / "kept").unlink()
+            rundir.remove_directory("d")
         return super()._start(*how)
 monitor.Monitor = Late
 sys.exit(monitor.main())
 """
-        control.make_directory("d")
+        rundir.make_directory("d")
         monitor = start(command=("-c", code), restart="on-failure", **KEPT)
         os.kill(serving_pid(monitor), signal.SIGKILL)
         assert monitor.process.wait(30) == Exit.OK

@@ -11,12 +11,14 @@ from typing import Any
 
 import click
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import parse_size
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import BLOCK_SIZES, PATHS, RESTARTS, ControlError, Exit, WorkerSpec
+from vduse_blk.control import rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.spec import BLOCK_SIZES, PATHS, RESTARTS, WorkerSpec
 from vduse_blk.exports import absolute_export
 from vduse_blk.source import absolute_source, parse_filter, parse_source
 
@@ -123,7 +125,7 @@ def attach(source: str, name: str | None, as_json: bool, timeout: float, **optio
         if ready.get("taken_over"):
             raise  # somebody uses it
         # A disk that nobody was told of would be left behind.
-        with control.Client(ready["name"], timeout) as client:
+        with Client(ready["name"], timeout) as client:
             client.call("detach", force=True)
         raise ControlError(f"cannot print the path of the disk ({e.strerror}); it was removed", Exit.FAILED) from e
     if not as_json:
@@ -150,7 +152,7 @@ def serve(source: str, name: str | None, as_json: bool, **options: Any) -> None:
         os.execv(command[0], command)
     except BaseException:
         if made:
-            control.remove_directory(claimed)
+            rundir.remove_directory(claimed)
         raise
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import click
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
 from vduse_blk.cli.options import json_option
+from vduse_blk.control import rundir
 
 
 def complete_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Names of disks that begin with ``incomplete``."""
     try:
-        return [name for name in control.disk_names() if name.startswith(incomplete)]
+        return [name for name in rundir.disk_names() if name.startswith(incomplete)]
     except (UserError, OSError):
         return []  # a shell that completes must not print errors into the line being typed
 

@@ -15,13 +15,15 @@ from typing import Final
 
 import click
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.holders import take_from
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import ControlError, Exit, Hangup, NotServed, Served
+from vduse_blk.control import notes, rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit, Hangup, NotServed, Served
+from vduse_blk.control.process import read_stat, server_process
 from vduse_blk.exports import parse_exports
 
 DYING_SECONDS: Final = 5.0
@@ -54,8 +56,8 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
     """
     deadline = time.monotonic() + timeout
     try:
-        with control.Client(name, timeout) as client, control.server_process(client.server_pid) as end:
-            directory = control.open_directory(name)
+        with Client(name, timeout) as client, server_process(client.server_pid) as end:
+            directory = rundir.open_directory(name)
             try:
                 taken = Taken()
                 if force:
@@ -63,7 +65,7 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
                 else:
                     _by_server(client, end, deadline, timeout)
                 # A server that could undo everything has removed it. Another disk may have the name by now.
-                if control.is_directory(name, directory):
+                if rundir.is_directory(name, directory):
                     _without_server(name, force, taken)
             finally:
                 os.close(directory)
@@ -86,7 +88,7 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
         output.print_json({"ok": True, "name": name})
 
 
-def _by_server(client: control.Client, end: int | None, deadline: float, timeout: float) -> None:
+def _by_server(client: Client, end: int | None, deadline: float, timeout: float) -> None:
     """Have the server remove the disk, and wait until it has ended, or has died over it."""
     try:
         client.call("detach", timeout=timeout, force=False)
@@ -107,7 +109,7 @@ def _by_server(client: control.Client, end: int | None, deadline: float, timeout
             )
 
 
-def _by_force(client: control.Client, end: int | None, patience: float) -> Taken:
+def _by_force(client: Client, end: int | None, patience: float) -> Taken:
     """Have the server remove the disk if it does so soon. If not, it is killed: it may be stopped, or busy with itself, or
     wait for storage that does not answer. What it held is returned; the caller answers the disk's users in its place."""
     try:
@@ -119,7 +121,7 @@ def _by_force(client: control.Client, end: int | None, patience: float) -> Taken
     if end is None:
         return Taken()
     # Before it is killed: a thread that waits in the kernel would keep both for as long as it waits, without an owner.
-    paths, pid, device = control.DiskPaths.of(client.name), client.server_pid, _device_of(client.name)
+    paths, pid, device = rundir.DiskPaths.of(client.name), client.server_pid, _device_of(client.name)
     try:
         taken = Taken(lock=take_from(pid, str(paths.directory)))
         if device is not None:
@@ -153,21 +155,20 @@ def _device_of(name: str) -> str | None:
 @contextmanager
 def _successor(name: str, pid: int) -> Iterator[int | None]:
     """A pidfd of the server that is about to replace ``pid``, and may hold what that one held; None: there is none."""
-    state = control.read_state(name)
+    state = notes.read_state(name)
     successor = state.get("successor") if state.get("pid") == pid else None
     if type(successor) is not int or successor <= 0:
         yield None
         return
-    with control.server_process(successor) as process:
+    with server_process(successor) as process:
         yield process if process is not None and _parent(successor) == pid else None
 
 
 def _parent(pid: int) -> int | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return read_stat(Path(f"/proc/{pid}"))[1]
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[1])
 
 
 def ended(process: int | None, seconds: float) -> bool:
@@ -181,11 +182,11 @@ def _without_server(name: str, force: bool, taken: Taken | None = None) -> None:
     from vduse_blk.cli import launch
 
     taken = taken or Taken()
-    had_directory = name in control.disk_names()
+    had_directory = name in rundir.disk_names()
     lock = taken.lock
     if lock is None:
         try:
-            lock = control.lock_directory(name)
+            lock = rundir.lock_directory(name)
         except Served as e:
             raise ControlError(f"disk '{name}' is being attached or detached just now; try again", Exit.BUSY) from e
     try:
@@ -193,17 +194,17 @@ def _without_server(name: str, force: bool, taken: Taken | None = None) -> None:
             launch.remove_leftover(name, force=force, node=taken.node)
         except BaseException:
             if not had_directory:
-                control.remove_directory(name, locked_fd=lock)
+                rundir.remove_directory(name, locked_fd=lock)
             raise
         _remove_sockets(name)
-        control.remove_directory(name, locked_fd=lock)
+        rundir.remove_directory(name, locked_fd=lock)
     finally:
         os.close(lock)
 
 
 def _remove_sockets(name: str) -> None:
     """Those of the dead server's exports that are sockets; not one behind which somebody listens."""
-    specification = control.read_state(name).get("spec")
+    specification = notes.read_state(name).get("spec")
     exports = specification.get("exports") if isinstance(specification, dict) else None
     for export in exports if isinstance(exports, list) else []:
         if not str(export).startswith("vhost-user:"):

@@ -8,9 +8,10 @@ from typing import Final
 
 import click
 
-from vduse_blk import control
 from vduse_blk.cli import output
 from vduse_blk.cli.options import json_option
+from vduse_blk.control import rundir
+from vduse_blk.control.errors import Exit
 
 LEVEL_STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -24,14 +25,14 @@ def doctor(as_json: bool) -> int:
     Nothing is changed and no module is loaded.
     """
     examine = import_module("vduse_blk.exporters.vduse.doctor").examine
-    findings = examine(control.run_root(), control.check_run_root)
+    findings = examine(rundir.run_root(), rundir.check_run_root)
     able = all(finding.level != "fail" for finding in findings)
     if as_json:
         report = {"ok": able, "findings": [asdict(finding) for finding in findings]}
         if not able:
             report |= {
                 "error": "this host cannot serve disks: " + "; ".join(f.name for f in findings if f.level == "fail"),
-                "code": int(control.Exit.UNSUPPORTED),
+                "code": int(Exit.UNSUPPORTED),
             }
         output.print_json(report)
     else:
@@ -39,4 +40,4 @@ def doctor(as_json: bool) -> int:
         for finding in findings:
             if finding.level != "ok":
                 click.echo(f"\n{finding.name}: {finding.remedy}")
-    return control.Exit.OK if able else control.Exit.UNSUPPORTED
+    return Exit.OK if able else Exit.UNSUPPORTED

@@ -21,10 +21,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
-from vduse_blk.control import ControlError, DiskPaths, Exit, Served, WorkerSpec
+from vduse_blk.control import messages, notes, rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit, Served
+from vduse_blk.control.process import is_dying, server_process
+from vduse_blk.control.rundir import DiskPaths
+from vduse_blk.control.spec import WorkerSpec
 
 ROLLBACK_SECONDS: Final = 60
 """How long a server that was asked to give up may take before it is killed. Undoing takes a second or two; one that
@@ -92,7 +96,7 @@ def remove_leftover(name: str, *, force: bool, node: int | None = None) -> None:
     server's descriptor of the device, see ``cleanup``; it is closed."""
     try:
         import_module("vduse_blk.exporters.vduse.cleanup").remove_leftover(
-            name, control.DiskPaths.of(name).directory, force=force, node=node
+            name, rundir.DiskPaths.of(name).directory, force=force, node=node
         )
     except UserError as e:
         holders = [dataclasses.asdict(holder) for holder in getattr(e, "holders", ())]
@@ -113,19 +117,19 @@ def claim_directory(name: str, *, unique: bool) -> tuple[str, bool]:
         if unique and _kernel_knows(candidate):
             continue
         try:
-            control.make_directory(candidate, exclusive=True)
+            rundir.make_directory(candidate, exclusive=True)
         except FileExistsError:
             if unique:
                 continue
-            control.check_directory(name)  # before anything is written to it
-            if control.is_locked(name) and not control.is_dying(name):
+            rundir.check_directory(name)  # before anything is written to it
+            if rundir.is_locked(name) and not is_dying(name):
                 raise ControlError(
                     f"name: a disk called '{name}' exists; choose another or `vduse-blk detach {name}` first",
                     Exit.BUSY,
                 ) from None
             return name, False
         if not unique and _kernel_knows(name):
-            control.remove_directory(name)
+            rundir.remove_directory(name)
             raise ControlError(
                 f"name: another program has a VDUSE or vDPA device called '{name}'; choose another name",
                 Exit.BUSY,
@@ -158,7 +162,7 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
     check_descriptors()
     with _signals_as_bytes() as signals:
         name, made = claim_directory(spec.name, unique=unique)
-        directory = control.open_directory(name)
+        directory = rundir.open_directory(name)
         attempt = None
         try:
             wanted = dataclasses.replace(spec, name=name, timeout=timeout)
@@ -170,7 +174,7 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
             if attempt is not None:
                 attempt.discard()
             elif made:
-                control.remove_directory(name, opened_fd=directory)
+                rundir.remove_directory(name, opened_fd=directory)
             raise
         finally:
             os.close(directory)
@@ -224,7 +228,7 @@ class _Attempt:
                 self._died()
             self._give_up(why, timeout)
         try:
-            said = control.decode_message(line)
+            said = messages.decode_message(line)
         except ValueError:
             said = {"error": f"the server of disk '{self._name}' said something odd: {line[:80]!r}"}
         if said.get("ready") is True:
@@ -303,7 +307,7 @@ class _Attempt:
         """Of the disk, when the server has ended and is cleaned up after: a sentence's end."""
         if self._made:
             self.discard()
-        if not control.is_directory(self._name, self._directory):
+        if not rundir.is_directory(self._name, self._directory):
             return "nothing is left of it"
         whose = "another attach" if self._made else "an earlier server"
         return f"the disk '{self._name}' that is there is {whose}'s (`vduse-blk info {self._name}` says more)"
@@ -315,14 +319,14 @@ class _Attempt:
             return
         try:
             if self._is_ours():
-                control.remove_directory(self._name, locked_fd=lock)
+                rundir.remove_directory(self._name, locked_fd=lock)
         finally:
             os.close(lock)
 
     def _lock(self) -> int | None:
         """The lock of the directory; None: another server has it, or the directory is gone."""
         try:
-            return control.lock_directory(self._name, opened_fd=self._directory)
+            return rundir.lock_directory(self._name, opened_fd=self._directory)
         except ControlError as e:
             if isinstance(e, Served) or e.exit_code == Exit.NOT_FOUND:
                 return None
@@ -331,7 +335,7 @@ class _Attempt:
     def _is_ours(self) -> bool:
         """Of a directory that was made for this server. Another attach of the name may have been faster, and its server left
         its state: its disk was promised to somebody."""
-        state = control.read_state(self._name)
+        state = notes.read_state(self._name)
         return bool(state.get("monitor", state.get("pid", self._process.pid)) == self._process.pid)
 
     def _clean_up(self, sentence: str, code: int) -> None:
@@ -347,7 +351,7 @@ class _Attempt:
                 raise ControlError("it was there before, with a dead server", Exit.BUSY)
             if self._is_ours():
                 remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
-                control.remove_directory(self._name, locked_fd=lock)
+                rundir.remove_directory(self._name, locked_fd=lock)
         except ControlError as e:
             raise LeftBehind(
                 f"{sentence}, and what is left was not removed ({e}); `vduse-blk detach {self._name}` will",
@@ -364,7 +368,7 @@ class _Attempt:
         ready just before we closed the pipe is asked to remove it again.
         """
         deadline = time.monotonic() + seconds
-        with control.server_process(self._process.pid) as end:
+        with server_process(self._process.pid) as end:
             poll = select.poll()
             poll.register(self._signals, select.POLLIN)
             if end is not None:
@@ -376,7 +380,7 @@ class _Attempt:
                     break
                 if detach and not ready:
                     try:
-                        with control.Client(self._name, timeout=max(1.0, deadline - time.monotonic())) as client:
+                        with Client(self._name, timeout=max(1.0, deadline - time.monotonic())) as client:
                             if client.call("ping").get("phase") == "serving":
                                 client.call("detach", force=False)
                     except ControlError:

@@ -16,7 +16,7 @@ import click
 from vduse_blk import __version__
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
-from vduse_blk.control import ControlError, Exit
+from vduse_blk.control.errors import ControlError, Exit
 
 PROGRAM: Final = "vduse-blk"
 COMPLETE_ENV: Final = "_VDUSE_BLK_COMPLETE"

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import MAX_TIMEOUT, TIMEOUT_RULE, Exit
+from vduse_blk.control.errors import Exit
+from vduse_blk.control.spec import MAX_TIMEOUT, TIMEOUT_RULE
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

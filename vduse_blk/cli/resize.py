@@ -6,13 +6,15 @@ import os
 
 import click
 
-from vduse_blk import control
 from vduse_blk.block.options import parse_size
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.detach import DYING_SECONDS, ended
 from vduse_blk.cli.options import json_option, timeout_option
-from vduse_blk.control import ControlError, Exit, Hangup
+from vduse_blk.control import rundir
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError, Exit, Hangup
+from vduse_blk.control.process import server_process
 
 
 @click.command(short_help="Grow a disk in use.")
@@ -26,13 +28,13 @@ def resize(name: str, size: int, timeout: float, as_json: bool) -> None:
     The storage is grown and the host sees the new size at once; growing the file system on it is up to its
     own tool.
     """
-    with control.Client(name, timeout) as client, control.server_process(client.server_pid) as end:
-        directory = control.open_directory(name)
+    with Client(name, timeout) as client, server_process(client.server_pid) as end:
+        directory = rundir.open_directory(name)
         try:
             reply = client.call("resize", size=size)
         except Hangup as e:
             # It may be a detach that ended the server: whether the disk is gone decides what to say.
-            if ended(end, DYING_SECONDS) and not control.is_directory(name, directory):
+            if ended(end, DYING_SECONDS) and not rundir.is_directory(name, directory):
                 raise ControlError(f"disk '{name}' was removed meanwhile", Exit.NOT_FOUND) from e
             raise
         finally:

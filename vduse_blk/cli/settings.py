@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from vduse_blk import control
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option
+from vduse_blk.control.client import Client
+from vduse_blk.control.settings import parse_settings
 
 
 @click.command("set", short_help="Change how a disk in use behaves.")
@@ -24,8 +25,8 @@ def set_values(name: str, values: tuple[str, ...], as_json: bool) -> None:
 
     An empty value puts the default back.
     """
-    given = control.parse_settings(values)
-    with control.Client(name) as client:
+    given = parse_settings(values)
+    with Client(name) as client:
         reply = client.call("set", values=given)
     if as_json:
         output.print_json({"ok": True, "name": name} | {key: reply[key] for key in ("policy", "filters") if key in reply})

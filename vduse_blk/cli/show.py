@@ -11,12 +11,13 @@ from typing import Any, Final
 
 import click
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option
-from vduse_blk.control import ControlError
+from vduse_blk.control.errors import ControlError
+from vduse_blk.control.spec import WorkerSpec
+from vduse_blk.control.status import DiskStatus, all_disks, disk_status
 
 STATE_STYLES: Final = {
     "serving": "green",
@@ -41,7 +42,7 @@ def list_disks(as_json: bool) -> None:
     no server, 'dying' if it was killed and has not ended, 'silent' if there is one that does not answer, and 'unreadable'
     without access to the disk's directory.
     """
-    disks = list(control.all_disks())
+    disks = list(all_disks())
     if as_json:
         output.print_json({"ok": True, "disks": [_as_json(disk) for disk in disks]})
         return
@@ -60,7 +61,7 @@ def list_disks(as_json: bool) -> None:
 @json_option
 def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
-    disk = control.disk_status(name, timeout=10)
+    disk = disk_status(name, timeout=10)
     if disk.state in ("dead", "dying", "silent"):
         disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk)})
     if as_json:
@@ -69,7 +70,7 @@ def info(name: str, as_json: bool) -> None:
     print_info(disk)
 
 
-def _looked_at(disk: control.DiskStatus) -> dict[str, Any]:
+def _looked_at(disk: DiskStatus) -> dict[str, Any]:
     """What can be seen of a disk without its server, and ``way_out``: the command that leads out of its state."""
     force = f"`vduse-blk detach {disk.name} --force`"
     if disk.state == "silent":
@@ -98,27 +99,27 @@ def _looked_at(disk: control.DiskStatus) -> dict[str, Any]:
     return found | {"way_out": f"{was_killed}{command}; {force} fails its requests and removes it"}
 
 
-def attach_command(spec: control.WorkerSpec) -> str:
+def attach_command(spec: WorkerSpec) -> str:
     """What a person types for such a disk."""
     words = ["vduse-blk", "attach", spec.source, "--name", spec.name]
     words += ["--read-only"] if spec.read_only else []
     for option in ("queues", "queue_size", "serial", "block_size", "path"):
         value = getattr(spec, option)
-        if value != control.WorkerSpec.__dataclass_fields__[option].default:
+        if value != WorkerSpec.__dataclass_fields__[option].default:
             words += [f"--{option.replace('_', '-')}", str(value)]
     if spec.exports != ("vduse",):
         words += [word for export in spec.exports for word in ("--export", export)]
     return shlex.join(words)
 
 
-def _as_json(disk: control.DiskStatus) -> dict[str, Any]:
+def _as_json(disk: DiskStatus) -> dict[str, Any]:
     values = {key: value for key, value in disk.info.items() if key not in ("ok", "phase")}
     if disk.state == "dead":
         values["pid"] = None
     return {"name": disk.name, "state": disk.state} | values | {"name": disk.name}
 
 
-def _row(disk: control.DiskStatus) -> tuple[str, ...]:
+def _row(disk: DiskStatus) -> tuple[str, ...]:
     know = disk.info
     queues = know.get("queue_count")
     return (
@@ -133,7 +134,7 @@ def _row(disk: control.DiskStatus) -> tuple[str, ...]:
     )
 
 
-def print_info(disk: control.DiskStatus) -> None:
+def print_info(disk: DiskStatus) -> None:
     """Print one disk for people: its properties, then a table of counters."""
     know = disk.info
     rows = [("name", disk.name), ("state", disk.state)]

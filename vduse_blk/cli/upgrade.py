@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from vduse_blk import control
 from vduse_blk.cli import launch, output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
+from vduse_blk.control.client import Client
 
 _MORE = 60.0
 """Seconds beyond the new server's start that a hand-over may take: its own limits are shorter."""
@@ -23,7 +23,7 @@ def upgrade(name: str, timeout: float, as_json: bool) -> None:
     Users of the disk notice a pause of some milliseconds, whose length is printed. If the new server
     fails, the old one goes on.
     """
-    with control.Client(name, timeout) as client:
+    with Client(name, timeout) as client:
         reply = client.call("upgrade", timeout=timeout + _MORE, command=launch.worker_command(), patience=timeout)
     pause = round(reply["pause"] * 1000, 3)
     if as_json:

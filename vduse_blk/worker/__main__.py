@@ -1,6 +1,6 @@
-"""``python -m vduse_blk.worker``: serve one disk, whose specification (``control.WorkerSpec``) comes on standard input.
+"""``python -m vduse_blk.worker``: serve one disk, whose specification (``control.spec.WorkerSpec``) comes on standard input.
 
-Exit status: as in ``control.Exit``. The log goes to standard error.
+Exit status: as in ``control.errors.Exit``. The log goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import ControlError, Exit, WorkerSpec
+from vduse_blk.control import messages
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.worker.notify import ReadyPipe
 from vduse_blk.worker.serve import Worker
 
@@ -37,11 +38,11 @@ def main() -> int:
         holders = error.holders if isinstance(error, ControlError) else None
         if spec.ready_fd is None:
             print(f"vduse-blk: {error}", file=sys.stderr)
-        ready.write(control.failure_line(str(error), error.exit_code, holders))
+        ready.write(messages.failure_line(str(error), error.exit_code, holders))
         return int(error.exit_code)
     except Exception as error:
         logging.getLogger("vduse_blk").exception("disk '%s': bug, or a refusal nobody foresaw", spec.name)
-        ready.write(control.failure_line(f"{type(error).__name__}: {error}", Exit.FAILED))
+        ready.write(messages.failure_line(f"{type(error).__name__}: {error}", Exit.FAILED))
         return int(Exit.FAILED)
 
 

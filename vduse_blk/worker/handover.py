@@ -30,7 +30,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import ControlError, Exit, WorkerSpec
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.spec import WorkerSpec
 
 VERSION: Final = 1
 """Of the messages. A version that means something else by them has another number, and is refused."""

@@ -2,7 +2,7 @@
 
 Takes the place of ``vduse_blk.worker`` in whoever starts it: the same specification on standard input, the same line on
 ``ready_fd`` (written by the server itself), the same exit status for a start that fails. Only a disk that was served once is
-served again: the next server takes it over, and what became of the last one is noted (``control.add_event``).
+served again: the next server takes it over, and what became of the last one is noted (``control.notes.add_event``).
 
     server ends with     0, LEFT          as it was asked to: so do we
                          anything else    pause, start again; pauses grow while servers do not last
@@ -27,8 +27,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Final
 
-from vduse_blk import control
-from vduse_blk.control import ControlError, Exit, WorkerSpec
+from vduse_blk.control import notes, rundir
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.spec import WorkerSpec
 
 _PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -51,7 +52,7 @@ class Monitor:
     def run(self) -> int:
         """Exit status."""
         name = self._spec.name
-        directory = control.open_directory(name)
+        directory = rundir.open_directory(name)
         in_a_row, served = 0, False
         while True:
             began = time.monotonic()
@@ -62,23 +63,23 @@ class Monitor:
                 status = self._wait(pid)
             if status in (Exit.OK, Exit.LEFT):
                 return status
-            removed = not control.is_directory(name, directory)  # by somebody, perhaps long ago
+            removed = not rundir.is_directory(name, directory)  # by somebody, perhaps long ago
             if removed:
                 _sweep()
             if not served and not _has_served(name, pid):
                 return status if status >= 0 else 128 - status
             served = True
-            if removed or control.is_locked(name):
+            if removed or rundir.is_locked(name):
                 return Exit.OK  # or somebody serves it
-            control.add_event(name, event="ended", pid=pid, **({"signal": -status} if status < 0 else {"status": status}))
+            notes.add_event(name, event="ended", pid=pid, **({"signal": -status} if status < 0 else {"status": status}))
             in_a_row = 1 if time.monotonic() - began > _LASTING else in_a_row + 1
             if in_a_row >= _LIMIT:
-                control.add_event(name, event="given up", servers=in_a_row)
+                notes.add_event(name, event="given up", servers=in_a_row)
                 print(f"disk '{name}': {in_a_row} servers in a row have ended; no other is started", file=sys.stderr)
                 return Exit.FAILED
             if not self._pause(min(_LONGEST_PAUSE, _PAUSE * 2 ** (in_a_row - 1))):
                 return Exit.LEFT
-            if not control.is_directory(name, directory):
+            if not rundir.is_directory(name, directory):
                 return Exit.OK
 
     def _start(self, directory: int | None) -> int:
@@ -133,7 +134,7 @@ def _sweep() -> None:
 def _successor(name: str, pid: int) -> int | None:
     """Process id of the server that has replaced ``pid``, or is about to, if there is one."""
     try:
-        state = control.read_state(name)
+        state = notes.read_state(name)
     except ControlError:
         return None
     for candidate in (state.get("pid"), state.get("successor")):
@@ -148,7 +149,7 @@ def _successor(name: str, pid: int) -> int | None:
 
 def _has_served(name: str, pid: int) -> bool:
     try:
-        state = control.read_state(name)
+        state = notes.read_state(name)
     except ControlError:
         return False
     return state.get("pid") == pid and state.get("phase") not in ("starting", "failed", None)

@@ -19,9 +19,11 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from vduse_blk import control
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import ControlError, DiskPaths, Exit
+from vduse_blk.control import notes
+from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.messages import MAX_MESSAGE
+from vduse_blk.control.rundir import DiskPaths
 from vduse_blk.source import parse_source
 
 log = logging.getLogger("vduse_blk.disk")
@@ -80,7 +82,7 @@ class Remains:
 
     def write(self) -> None:
         """Raises ControlError (exit 1), with the old ones in place."""
-        control.replace_json(self._path, {"version": _VERSION, "source": self._source, "settings": self.settings})
+        notes.replace_json(self._path, {"version": _VERSION, "source": self._source, "settings": self.settings})
 
 
 def settings_of(value: object) -> dict[str, str]:
@@ -117,7 +119,7 @@ def _read(path: Path) -> dict[str, object] | None:
     with open(fd, "rb") as file:
         if not _is_ours(fd):
             raise ValueError("it is not a private file of this user")
-        found = json.loads(file.read(control.MAX_MESSAGE))
+        found = json.loads(file.read(MAX_MESSAGE))
     if not isinstance(found, dict) or found.get("version") != _VERSION:
         raise ValueError(f"it is not of version {_VERSION}")
     return found

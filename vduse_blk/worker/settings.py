@@ -17,7 +17,7 @@ from vduse_blk.block.errors import UserError
 from vduse_blk.block.options import make_options, parse_values, write_values
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
-from vduse_blk.control import WorkerSpec
+from vduse_blk.control.spec import WorkerSpec
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -65,6 +65,17 @@ def restore(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> Worker
         except UserError as error:
             log.warning("disk '%s': what was set before, %s=%s, is not any more: %s", spec.name, key, value, error)
     return spec
+
+
+def facts(stack: Stack) -> dict[str, Any]:
+    """For ``info``: what is set now."""
+    return {
+        "policy": stack.patience.policy.facts(),
+        "filters": [
+            {"name": name, "options": write_values(layer.options), **layer.facts()}
+            for name, layer in stack.filters.items()
+        ],
+    }
 
 
 def _changed_options(layer: Filter, given: Mapping[str, str]) -> Any:
