@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import attached, fio, image, info, run
+from tests.kernel.host import attached, fio, image, info, run, servers
 
 MIB = 1 << 20
 _DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
@@ -51,7 +51,8 @@ def check(device: str) -> None:
 
 def of_server(what: str) -> list[str]:
     """What the server's threads are called, or what its descriptors lead to."""
-    process = Path("/proc", str(info("t")["pid"]))
+    (pid,) = servers()
+    process = Path("/proc", str(pid))
     if what == "threads":
         return [(task / "comm").read_text().strip() for task in (process / "task").iterdir()]
     return [os.readlink(fd) for fd in (process / "fd").iterdir()]

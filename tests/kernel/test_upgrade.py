@@ -16,6 +16,7 @@ import pytest
 from tests.kernel.host import Stuck, assert_nothing_left, cli, image, info, run, servers, tree_digest, wait_until
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError
+from vduse_blk.control.status import disk_status
 from vduse_blk.exporter import KILL_ENV
 
 MIB = 1 << 20
@@ -37,7 +38,12 @@ def served(name: str, since: int = 0) -> None:
 
 
 def writes(name: str) -> int:
-    return int(info(name)["counters"].get("write_ops", 0))
+    return counter(name, "write_ops")
+
+
+def counter(name: str, key: str) -> int:
+    """Asked here and now: a command takes a second to start."""
+    return int(disk_status(name).info.get("counters", {}).get(key, 0))
 
 
 def test_upgrades_under_load(tmp_path: Path) -> None:
@@ -112,8 +118,9 @@ def test_a_new_server_that_gets_no_queue_leaves_the_old_one(tmp_path: Path) -> N
         command = [sys.executable, "-P", "-c", WITHOUT_THREADS]
         with Client("a", 60) as client, pytest.raises(ControlError, match=r"no thread.*served as before"):
             client.call("upgrade", command=command, patience=30)
-        assert info("a")["pid"] == pid
-        assert {queue["state"] for queue in info("a")["queues"]} == {"running"}
+        facts = disk_status("a").info
+        assert facts["pid"] == pid
+        assert {queue["state"] for queue in facts["queues"]} == {"running"}
         served("a", writes("a"))
         cli("upgrade", "a")
         served("a", writes("a"))
@@ -139,7 +146,7 @@ def test_what_does_not_end_on_a_mounted_disk_is_waited_for_by_no_upgrade(tmp_pat
         stuck.stop()
         words = ["dd", "if=/dev/urandom", f"of={mount}/file", "bs=64k", "count=16", "conv=fsync", "status=none"]
         with subprocess.Popen(words) as dd:
-            wait_until(lambda: info("a")["counters"]["inflight"] > 0, "a write hangs")
+            wait_until(lambda: counter("a", "inflight") > 0, "a write hangs")
             refused = cli("upgrade", "a", check=False)
             assert refused.returncode == 7, refused.stderr
             assert "what is in flight has not ended within 5 seconds; disk 'a' is served as before" in refused.stderr
