@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import readme, scaling
+from bench import libblkio, readme, scaling
 from bench.compare import BUILD, CFLAGS, LIMIT_SHARE, RESULTS, TOP
 from bench.report import Report, Row, best_peer
 from bench.vhost_servers import (
@@ -114,6 +114,8 @@ def measure(place: str, cases: Sequence[Case], rounds: int, seconds: int, genera
         for case in cases:
             with cpu_each([us, nothing, *peers]) if case.cpu_each else contextlib.nullcontext(()) as before:
                 yield from measure_case(case, us, nothing, peers, rounds, seconds, generator, before, image)
+        if place == HOLES and len(cases) > 1 and libblkio.is_there():
+            yield from by_qemu_img(us, peers, rounds)
         memory = min(peer.memory_mib() for peer in peers)
         yield Row(f"{place}: unshared memory", "MiB", [us.memory_mib()], [memory], less_is_better=True)
 
@@ -180,6 +182,19 @@ def rows_of(
     ):
         yield Row(f"{title}: {what}", unit, rounds(mine, key), rounds(theirs, key), less_is_better=True, least=least)
     yield Row(f"{title}: our server without storage", UNITS[case.unit], ceiling)
+
+
+def by_qemu_img(us: Server, peers: Sequence[Server], rounds: int) -> Iterator[Row]:
+    """Another client than ours: QEMU's, which polls."""
+    for depth in (1, 32):
+        mine: list[float] = []
+        theirs: dict[str, list[float]] = {peer.way: [] for peer in peers}
+        for _ in range(rounds):
+            mine.append(libblkio.iops(us.socket, depth))
+            for peer in peers:
+                theirs[peer.way].append(libblkio.iops(peer.socket, depth))
+        way, best = best_peer(theirs)
+        yield Row(f"{HOLES}: 4k read QD{depth} by qemu-img bench", "IOPS", mine, best, notes=(f"peer: {way}", "libblkio"))
 
 
 def machine() -> str:

@@ -11,17 +11,19 @@ import math
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.report import Row
-from bench.vhost_servers import MIB, Server, make_image, our_words, ours, qsd, started, turn
+from bench.report import Row, best_peer
+from bench.vhost_servers import MIB, Server, make_image, our_words, ours, qsd, qsd_of_many, started, turn
 
 WAY = "aio=io_uring,cache.direct=on"
 QUEUES = (1, 2, 4)
 DISKS = (1, 8, 64)
 IN_FLIGHT = 64
 """Requests in flight on all disks together."""
+OFFERED = 64000
+"""Requests per second to all disks together."""
 DISK_BYTES = 64 * MIB
 SIZES = (512, 4096, 16384, 65536, 262144, MIB, 4 * MIB)
 ROUNDS = 3
@@ -90,45 +92,101 @@ def log_cost(generator: Path, us: Server, seconds: int) -> Iterator[Row]:
 
 
 def by_disks(generator: Path, seconds: int) -> Iterator[Row]:
-    """One server for each of 64 disks; as many requests in flight as ever, spread over some of them."""
+    """Up to 64 disks, a server for each; the peer has a server for each as well, or one for all. As many requests in flight
+    as ever, spread over some of the disks; then as many per second.
+    """
     with tempfile.TemporaryDirectory(prefix="bench", dir="/var/tmp") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        servers = []
-        for number in range(max(DISKS)):
-            image = folder / f"{number}.img"
+        images = [folder / f"{number}.img" for number in range(max(DISKS))]
+        for image in images:
             with image.open("wb") as file:
                 file.truncate(DISK_BYTES)
-            words = our_words(f"file:{image}?direct=1", folder, 1, name=f"disk{number}")
-            servers.append(stack.enter_context(started(*words)))
-        for server in servers:
+        mine = [
+            stack.enter_context(started(*our_words(f"file:{image}?direct=1", folder, 1, name=f"disk{number}")))
+            for number, image in enumerate(images)
+        ]
+        for server in mine:
             server.wait()
-        flat: list[float] = []
+        each = [stack.enter_context(qsd(WAY, number, image, folder, 1)) for number, image in enumerate(images)]
+        ways = {"a process for each disk": each, "one process": stack.enter_context(qsd_of_many(WAY, images, folder))}
+        one_disk: list[float] = []
         for number in DISKS:
-            runs = [spread(generator, servers[:number], IN_FLIGHT // number, seconds) for _ in range(ROUNDS)]
-            flat = flat or runs
+            words = ("--depth", str(IN_FLIGHT // number))
+            runs, peers = spread_in_turns(generator, mine, ways, number, words, seconds)
             title = f"disks: 4k randread, {IN_FLIGHT} in flight on {number}"
-            yield Row(title, "IOPS", runs, flat, notes=("peer: ourselves with one disk",))
-        memory = [server.memory_mib() for server in servers]
+            yield from rows_of_disks(title, runs, peers)
+            one_disk = one_disk or [run["iops"] for run in runs]
+            if number > 1:
+                yield Row(
+                    f"{title}, against one disk", "IOPS", [run["iops"] for run in runs], one_disk, notes=("peer: ourselves",)
+                )
+        for number in DISKS:
+            paced = ("--depth", str(IN_FLIGHT), "--rate", str(OFFERED // number))
+            runs, peers = spread_in_turns(generator, mine, ways, number, paced, seconds)
+            yield from rows_of_disks(f"disks: 4k randread, {OFFERED} a second on {number}", runs, peers)
+        memory = [server.memory_mib() for server in mine]
         yield Row("disks: unshared memory of each", "MiB", memory, less_is_better=True, notes=(MEMORY_AIM,))
-        for server in servers:  # all at once: one after the other takes long
+        for server in (*mine, *each):  # all at once: one after the other takes long
             server.process.terminate()
 
 
-def spread(generator: Path, servers: Sequence[Server], depth: int, seconds: int) -> float:
-    """IOPS of all together, one generator for each, which begin at one moment."""
-    begin = math.ceil(time.monotonic()) + len(servers) // 20  # when all have connected
-    words = ("--seconds", str(seconds), *_4K, "--depth", str(depth), "--begin", str(begin))
+def spread_in_turns(
+    generator: Path,
+    mine: Sequence[Server],
+    ways: Mapping[str, Sequence[Server]],
+    number: int,
+    words: Sequence[str],
+    seconds: int,
+) -> tuple[list[dict[str, float]], dict[str, list[dict[str, float]]]]:
+    """Rounds of the load on the first ``number`` disks of us, and of each way to run the peer."""
+    runs: list[dict[str, float]] = []
+    peers: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        runs.append(spread(generator, mine[:number], words, seconds))
+        for way, servers in ways.items():
+            peers[way].append(spread(generator, servers[:number], words, seconds))
+    return runs, peers
+
+
+def rows_of_disks(
+    title: str, runs: Sequence[dict[str, float]], peers: Mapping[str, Sequence[dict[str, float]]]
+) -> Iterator[Row]:
+    """Throughput first; the peer is the way that was best at that."""
+    way, _ = best_peer({way: [run["iops"] for run in rounds] for way, rounds in peers.items()})
+    for key, what, unit in (
+        ("iops", "", "IOPS"),
+        ("cpu", ": CPU of the servers per I/O", "us"),
+        ("p99_us", ": 99 % of the I/Os within", "us"),
+    ):
+        ours, theirs = ([run[key] for run in rounds] for rounds in (runs, peers[way]))
+        yield Row(f"{title}{what}", unit, ours, theirs, less_is_better=unit == "us", notes=(f"peer: {WAY}, {way}",))
+
+
+def spread(generator: Path, servers: Sequence[Server], words: Sequence[str], seconds: int) -> dict[str, float]:
+    """One generator for each, which begin at one moment. ``iops``: of all together; ``cpu``: microseconds of the servers per
+    I/O; ``p99_us``: of the disk where it is the longest.
+    """
+    begin = math.ceil(time.monotonic()) + 1 + len(servers) // 6  # when all have connected
+    more = ("--seconds", str(seconds), *_4K, *words, "--begin", str(begin))
+    processes = {server.pid: server for server in servers}.values()
     with contextlib.ExitStack() as stack:
         running = []
         for server in servers:
-            command = [str(generator), str(server.socket), *words]
+            command = [str(generator), str(server.socket), *more]
             process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             stack.callback(process.kill)
             running.append(process)
-        total = 0.0
+        time.sleep(max(0.0, begin - time.monotonic()))  # what follows is the load, not the connecting
+        cpu = sum(server.cpu_ns() for server in processes)
+        found = []
         for process in running:
             said, _ = process.communicate(timeout=seconds + 60)
             if process.returncode != 0:
                 raise RuntimeError(f"vhost_gen: exit {process.returncode} with {len(servers)} disks")
-            total += json.loads(said)["iops"]
-        return total
+            found.append(json.loads(said))
+        cpu = sum(server.cpu_ns() for server in processes) - cpu
+    return {
+        "iops": sum(one["iops"] for one in found),
+        "cpu": cpu / 1000 / sum(one["ios"] for one in found),
+        "p99_us": max(one["p99_us"] for one in found),
+    }

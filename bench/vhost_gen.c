@@ -2,12 +2,15 @@
  * A load generator that is a vhost-user-blk front-end: what a virtual machine would do to an export, without the machine.
  *
  *   vhost_gen SOCKET [--queues N] [--depth D] [--size BYTES] [--seconds S] [--op read|write] [--sequential] [--poll]
- *                   [--inflight] [--begin T]
+ *                   [--inflight] [--rate R] [--begin T]
  *
  * One thread per queue keeps D requests of BYTES in flight on a split ring of 256 entries with indirect descriptors and
  * EVENT_IDX. A sleeping client waits for interrupts like a Linux driver; a polling one (--poll) never asks for any.
- * --inflight: the back-end notes requests in flight in memory that we keep (INFLIGHT_SHMFD). --begin: the load starts when
- * CLOCK_MONOTONIC is T seconds, so that several generators start at once. Prints one JSON object. Exit status 1: a request failed, or the back-end broke the protocol.
+ * --inflight: the back-end notes requests in flight in memory that we keep (INFLIGHT_SHMFD). --rate: R requests per second
+ * from each queue instead of as many as come back, evenly spaced, as long as no more than D are in flight; how long one takes
+ * counts from when it was due. --begin: the load starts when CLOCK_MONOTONIC is T seconds, so that several generators start
+ * at once; one that is not ready by then fails. Prints one JSON object. Exit status 1: a request failed, or the back-end
+ * broke the protocol.
  *
  * It trusts the back-end's lengths: it measures programs on this machine, it does not defend itself against them.
  */
@@ -81,6 +84,7 @@ struct client {
 static unsigned queues = 1, depth = 32, size = 4096;
 static double seconds = 3;
 static bool writing, sequential, polling, inflight_log;
+static unsigned rate;  /* requests per second and queue; 0 = as many as come back */
 static unsigned begin; /* seconds of CLOCK_MONOTONIC */
 static uint64_t capacity; /* bytes */
 static uint8_t *shared;
@@ -358,6 +362,53 @@ static void *run(void *argument)
     return NULL;
 }
 
+/* As run, but a request is sent when it is due. */
+static void *run_paced(void *argument)
+{
+    struct client *c = argument;
+    struct area *a = c->area;
+    uint16_t idle[RING]; /* slots */
+    unsigned count = 0;
+    uint64_t period = 1000000000u / rate, due = now_ns(CLOCK_MONOTONIC) + c->random % period;
+    while (count < depth)
+        idle[count] = (uint16_t)count, count++;
+    for (;;) {
+        bool again = !atomic_load_explicit(&stop, memory_order_relaxed);
+        uint64_t now = now_ns(CLOCK_MONOTONIC);
+        uint16_t used = __atomic_load_n(&a->used.idx, __ATOMIC_ACQUIRE);
+        for (; c->used_seen != used; c->used_seen++) {
+            uint16_t slot = (uint16_t)a->used.ring[c->used_seen % RING].id;
+            c->failed += a->slot[slot].status != 0;
+            c->histogram[bucket_of(now - c->started[slot])]++;
+            c->ios++;
+            idle[count++] = slot;
+        }
+        if (!again && count == depth)
+            break;
+        bool offered = false;
+        for (; again && count != 0 && due <= now; due += period, offered = true)
+            offer(c, idle[--count], due);
+        if (offered)
+            publish(c);
+        __atomic_store_n(&a->avail.used_event, c->used_seen, __ATOMIC_RELAXED);
+        atomic_thread_fence(memory_order_seq_cst);
+        if (__atomic_load_n(&a->used.idx, __ATOMIC_ACQUIRE) != c->used_seen)
+            continue;
+        bool until_due = again && count != 0;
+        uint64_t sleep = !until_due ? 10000000000u : due > now ? due - now : 0;
+        struct timespec time = {(time_t)(sleep / 1000000000u), (long)(sleep % 1000000000u)};
+        struct pollfd p = {.fd = c->call_fd, .events = POLLIN};
+        if (ppoll(&p, 1, &time, NULL) > 0) {
+            uint64_t events;
+            c->interrupts += read(c->call_fd, &events, 8) == 8;
+        } else if (!until_due) {
+            die("no completion");
+        }
+    }
+    c->cpu_ns = now_ns(CLOCK_THREAD_CPUTIME_ID);
+    return NULL;
+}
+
 static double percentile(const uint64_t *histogram, uint64_t total, double share)
 {
     uint64_t seen = 0;
@@ -423,6 +474,8 @@ static const char *parse(int argc, char **argv)
             polling = true;
         else if (strcmp(o, "--inflight") == 0)
             inflight_log = true;
+        else if (strcmp(o, "--rate") == 0)
+            rate = number(o, v, 1, 1000000), i++;
         else if (strcmp(o, "--begin") == 0)
             begin = number(o, v, 1, INT32_MAX), i++;
         else if (o[0] != '-' && path == NULL)
@@ -430,9 +483,9 @@ static const char *parse(int argc, char **argv)
         else
             path = NULL, i = argc;
     }
-    if (path == NULL || size % 512 != 0) {
+    if (path == NULL || size % 512 != 0 || (rate != 0 && polling)) {
         fprintf(stderr, "usage: vhost_gen SOCKET [--queues N] [--depth D] [--size BYTES] [--seconds S] [--op read|write] "
-                        "[--sequential] [--poll] [--inflight] [--begin T]\n");
+                        "[--sequential] [--poll] [--inflight] [--rate R] [--begin T]\n");
         exit(2);
     }
     return path;
@@ -458,7 +511,7 @@ int main(int argc, char **argv)
     for (unsigned q = 0; q < queues; q++) {
         struct client *c = &clients[q];
         c->index = q;
-        c->random = 88172645463325252ULL + q;
+        c->random = 88172645463325252ULL + q + (uint64_t)getpid() * 7919; /* generators do not send all at once */
         c->area = (struct area *)(void *)(shared + areas / queues * q);
         c->data = shared + areas + (size_t)q * depth * size;
         c->kick_fd = eventfd(0, EFD_CLOEXEC);
@@ -468,12 +521,16 @@ int main(int argc, char **argv)
     (void)ask(GET_FEATURES); /* the back-end has taken in everything before */
     for (unsigned q = 0; q < queues; q++) /* some back-ends make a shared description non-blocking; a driver sleeps */
         (void)fcntl(clients[q].call_fd, F_SETFL, fcntl(clients[q].call_fd, F_GETFL) & ~O_NONBLOCK);
-    struct timespec at = {(time_t)begin, 0}; /* in the past: at once */
+    struct timespec at = {(time_t)begin, 0};
+    if (begin != 0 && now_ns(CLOCK_MONOTONIC) > begin * 1000000000ULL) {
+        fprintf(stderr, "vhost_gen: not ready when the load was to begin\n");
+        exit(1);
+    }
     while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, NULL) == EINTR) {
     }
     uint64_t began = now_ns(CLOCK_MONOTONIC);
     for (unsigned q = 0; q < queues; q++)
-        if (pthread_create(&clients[q].thread, NULL, run, &clients[q]) != 0)
+        if (pthread_create(&clients[q].thread, NULL, rate != 0 ? run_paced : run, &clients[q]) != 0)
             die("pthread_create");
     struct timespec duration = {(time_t)seconds, 0};
     nanosleep(&duration, NULL);

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -117,11 +117,25 @@ def ours(
 def qsd(way: str, number: int, image: Path, folder: Path, queues: int) -> contextlib.AbstractContextManager[Server]:
     """qemu-storage-daemon with an iothread. ``way``: what its file driver is told."""
     socket = folder / f"qsd{number}.sock"
+    return running(way, socket, [QSD, "--object", "iothread,id=thread", *_qsd_export(way, 0, image, socket, queues)], {})
+
+
+@contextlib.contextmanager
+def qsd_of_many(way: str, images: Sequence[Path], folder: Path) -> Iterator[list[Server]]:
+    """One qemu-storage-daemon with one iothread that exports all the images, a queue each: a Server for each export."""
+    sockets = [folder / f"many{number}.sock" for number in range(len(images))]
     words = [QSD, "--object", "iothread,id=thread"]
-    words += ["--blockdev", f"driver=file,node-name=image,filename={image},{way}"]
-    words += ["--export", f"type=vhost-user-blk,id=export,node-name=image,addr.type=unix,addr.path={socket},"
-              f"writable=on,num-queues={queues},iothread=thread"]  # fmt: skip
-    return running(way, socket, words, {})
+    for number, (image, socket) in enumerate(zip(images, sockets, strict=True)):
+        words += _qsd_export(way, number, image, socket, 1)
+    with running(way, sockets[-1], words, {}) as server:  # it makes them in turn
+        yield [replace(server, socket=socket) for socket in sockets]
+
+
+def _qsd_export(way: str, number: int, image: Path, socket: Path, queues: int) -> list[str]:
+    # Without its locks on the file: the same one may be served by more than one of those that are compared.
+    return ["--blockdev", f"driver=file,node-name=image{number},filename={image},locking=off,{way}",
+            "--export", f"type=vhost-user-blk,id=export{number},node-name=image{number},addr.type=unix,addr.path={socket},"
+            f"writable=on,num-queues={queues},iothread=thread"]  # fmt: skip
 
 
 def make_image(path: Path, *, filled: bool) -> Path:

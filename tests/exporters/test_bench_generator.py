@@ -77,3 +77,17 @@ def test_it_begins_when_told(generator: Path, server: Server) -> None:
     begin = int(time.monotonic()) + 2
     turn(generator, server, (*LOAD, "--begin", str(begin)), 1)
     assert time.monotonic() >= begin + 1
+
+
+def test_it_keeps_to_a_rate(generator: Path, server: Server) -> None:
+    """With --rate it sends that many a second from each queue, though many more would come back."""
+    found = turn(generator, server, (*LOAD, "--queues", "2", "--rate", "1000"), 2)
+    assert found["failed"] == 0
+    assert 3000 <= found["ios"] <= 4002
+
+
+def test_it_says_when_it_was_not_ready(generator: Path, server: Server) -> None:
+    """A moment that has passed is no moment to begin at."""
+    command = [generator, server.socket, "--begin", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "vhost_gen: not ready when the load was to begin\n")

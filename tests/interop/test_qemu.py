@@ -1,8 +1,7 @@
 """QEMU, the front-end most virtual machines have, against a real server: a Linux guest that lives on the disk.
 
 Real here: QEMU's vhost-user-blk device, Linux's virtio_blk, our server process and its file. Emulated: the guest's CPU. The
-requests that file systems seldom send are sent by tests/interop/verify.c inside the guest. A front-end without a machine
-(libblkio, which QEMU's tools use from 9 on) is not in Debian 12, so there is none here.
+requests that file systems seldom send are sent by tests/interop/verify.c inside the guest.
 """
 
 from __future__ import annotations

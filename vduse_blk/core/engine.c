@@ -6,14 +6,15 @@
  *
  * The chunk is the most important number here: without it the whole queue moves in lock step (fetch all, wait for all),
  * with a chunk of one every request pays its own system calls and interrupt. Half of what there is, within CHUNK_LEAST and
- * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured).
+ * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured). All
+ * of it where the queue threads leave no CPU to the sender: then nothing overlaps anyway.
  *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
  *
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
- * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
- * done while the queue threads that are awake leave a CPU to who sends the requests.
+ * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing. Meanwhile it
+ * yields, so who else wants this CPU (the sender of the requests, another disk's server) does not wait for it.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
  * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
@@ -56,7 +57,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     bool arm_wake;
     int epoll_fd;
     uint32_t cpus;    /* this process may run on */
-    uint32_t spinners; /* queue threads that may be awake, one of them looking, without being in anybody's way */
+    uint32_t crowd;   /* as many queue threads awake leave no CPU to who sends the requests */
     uint32_t handed_over; /* requests that other CPUs copy now */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     pthread_t thread;
@@ -87,10 +88,11 @@ static bool something_to_do(struct vb_engine *engine)
 /* Kicks are off meanwhile. True: there is something to do. */
 static bool spin(struct vb_engine *engine)
 {
-    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->spinners)
+    if (engine->spin_ns == 0)
         return false;
     uint64_t end = now_ns() + engine->spin_ns;
     do {
+        (void)sched_yield();
         for (int i = 0; i < 16; i++) {
             if (something_to_do(engine)) {
                 COUNT(engine->queue->counters.spin_hits, 1);
@@ -108,24 +110,33 @@ static uint64_t before_sleep(void)
     return now_ns();
 }
 
-static void after_sleep(struct vb_engine *engine, uint64_t slept_at)
+/* `began_io`: the call also handed over requests, so if it was short that says nothing about when the next one comes. */
+static void after_sleep(struct vb_engine *engine, uint64_t slept_at, bool began_io)
 {
     atomic_fetch_add_explicit(&awake, 1, memory_order_relaxed);
     if (engine->target.spin != VB_SPIN_AUTO)
         return;
     if (now_ns() - slept_at > SPIN_MAX_NS)
         engine->spin_ns = 0;
+    else if (began_io)
+        return;
     else if (engine->spin_ns == 0)
         engine->spin_ns = SPIN_FIRST_NS;
     else if (engine->spin_ns < SPIN_MAX_NS)
         engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
 }
 
-/* Requests of the next chunk: half of what there is, so that one half is with the storage while the other is with us. */
-static uint32_t chunk(struct vb_queue *queue)
+/*
+ * Requests of the next chunk: half of what there is, so that one half is with the storage or the sender while the other is
+ * with us.
+ */
+static uint32_t chunk(const struct vb_engine *engine)
 {
-    uint32_t half = (queue->inflight + vring_pending(&queue->ring)) / 2;
-    return half < CHUNK_LEAST ? CHUNK_LEAST : half > CHUNK_MOST ? CHUNK_MOST : half;
+    struct vb_queue *queue = engine->queue;
+    uint32_t count = queue->inflight + vring_pending(&queue->ring);
+    if (atomic_load_explicit(&awake, memory_order_relaxed) < engine->crowd)
+        count /= 2;
+    return count < CHUNK_LEAST ? CHUNK_LEAST : count > CHUNK_MOST ? CHUNK_MOST : count;
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
@@ -204,7 +215,7 @@ static void serve_sync(struct vb_engine *engine)
         bool taken_up = take_up(engine, do_sync);
         if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
-            uint32_t room = chunk(queue);
+            uint32_t room = chunk(engine);
             vring_disable_kick(&queue->ring);
             for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
                 bool more;
@@ -227,7 +238,7 @@ static void serve_sync(struct vb_engine *engine)
             struct epoll_event events[2];
             uint64_t slept_at = before_sleep();
             (void)epoll_wait(engine->epoll_fd, events, 2, sleep_ms(queue));
-            after_sleep(engine, slept_at);
+            after_sleep(engine, slept_at, false);
             COUNT(queue->counters.wakeups, 1);
         }
     }
@@ -316,7 +327,7 @@ static bool fetch_chunk(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     uint64_t bytes = 0;
     bool more = true;
-    uint32_t room = chunk(queue);
+    uint32_t room = chunk(engine);
     for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
         struct vblk_req *req = queue_fetch(queue, &more);
         if (req != NULL) {
@@ -360,10 +371,11 @@ static void serve_uring(struct vb_engine *engine)
         engine->arm_wake = false;
 
         more |= taken_up || !goes_on(queue);
+        bool begins_io = uring_unsent(&engine->ring) != 0;
         uint64_t slept_at = more ? 0 : before_sleep();
         int error = more ? uring_enter(&engine->ring, 0) : uring_sleep(&engine->ring, retry_sleep_ns(queue));
         if (!more)
-            after_sleep(engine, slept_at);
+            after_sleep(engine, slept_at, begins_io);
         COUNT(queue->counters.submits, 1);
         if (error != 0 && error != -EINTR && error != -EBUSY && error != -EAGAIN && error != -ETIME) {
             atomic_store(&queue->error, -error);
@@ -504,10 +516,8 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->spin_ns = target->spin == VB_SPIN_ALWAYS ? SPIN_MAX_NS : 0;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
-    /* One CPU is for who sends the requests, unless there are CPUs that we may not use anyway. */
-    engine->spinners = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
-    if (target->spin == VB_SPIN_ALWAYS)
-        engine->spinners = UINT32_MAX;
+    /* Where there are CPUs that we may not use, they are the sender's. */
+    engine->crowd = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
