@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,6 +189,22 @@ class Exporter(ABC):
     @abstractmethod
     def status(self) -> dict[str, Any]:
         """For ``info``: queues, features, counters; JSON types only."""
+
+
+def add_counters(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0) + value
+
+
+def counters_of(facts: Mapping[str, Any]) -> dict[int, dict[str, int]]:
+    """What the queues of an export had counted, by index, when it was handed over: ``counters`` of ``HandOver.facts``, which
+    older servers do not tell. Nothing of what cannot be any."""
+    given = facts.get("counters")
+    result: dict[int, dict[str, int]] = {}
+    for index, counted in given.items() if isinstance(given, dict) else ():
+        if str(index).isdecimal() and isinstance(counted, dict):  # an object of JSON has no numbers as keys
+            result[int(index)] = {key: value for key, value in counted.items() if type(value) is int and value >= 0}
+    return result
 
 
 def reached(step: str) -> None:

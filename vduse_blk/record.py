@@ -23,6 +23,7 @@ from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.control.messages import MAX_MESSAGE
 from vduse_blk.control.rundir import DiskPaths
 from vduse_blk.control.spec import WorkerSpec
+from vduse_blk.source import gather
 
 _FILE: Final = "disk.json"
 _VERSION: Final = 1
@@ -61,8 +62,10 @@ class DiskRecord:
 
     def difference(self, other: DiskRecord) -> str | None:
         """What of the disk ``other`` would change under its users, as a sentence's end; None: nothing. It may have grown."""
+        difference = self.difference_of_source(other.spec)
+        if difference is not None:
+            return difference
         for key, was, wanted in (
-            ("source", self.spec.source, other.spec.source),
             ("export", ", ".join(self.spec.exports), ", ".join(other.spec.exports)),
             ("block-size", self.block_size, other.block_size),
             ("queues", self.queue_count, other.queue_count),
@@ -71,12 +74,36 @@ class DiskRecord:
             ("read-only", self.read_only, other.read_only),
         ):
             if was != wanted:
-                return f"{key}: the disk has {_word(was)}, not {_word(wanted)}"
+                return _sentence(key, was, wanted)
         if other.inode != self.inode:
             return f"source: {self.spec.source} is not the same file any more"
         if other.size < self.size:
             return f"size: the disk has {self.size} bytes, and its storage only {other.size}"
+        given = _given_size(other.spec)
+        if given not in (None, self.made_with, self.size, other.size):
+            return f"size: the disk has {self.size} bytes, not {given}"
         return None
+
+    def difference_of_source(self, spec: WorkerSpec) -> str | None:
+        """As ``difference``, as far as it can be seen without opening the storage. What sources mean is compared: a path may
+        be spelled otherwise, and a size that the storage was made with be left out. Raises ``UserError``."""
+        if (self.spec.source, self.spec.options, self.spec.size) == (spec.source, spec.options, spec.size):
+            return None
+        wanted = gather(spec.source, spec.options, spec.size)
+        try:
+            was = gather(self.spec.source, self.spec.options, self.spec.size)
+            is_same = was.is_same_storage(wanted)
+        except UserError:  # of another version, or the name of a file that is gone
+            is_same = False
+        if not is_same:
+            return _sentence("source", self.spec.source, spec.source)
+        difference = was.difference(wanted)
+        return None if difference is None else _sentence(*difference)
+
+    @property
+    def made_with(self) -> int | None:
+        """Bytes that the storage was to be made with, if that was said."""
+        return _given_size(self.spec)
 
 
 def write(record: DiskRecord) -> None:
@@ -145,6 +172,17 @@ def _inode(path: object) -> int | None:
     except OSError:
         return None
     return facts.st_ino if facts is not None and stat.S_ISREG(facts.st_mode) else None
+
+
+def _given_size(spec: WorkerSpec) -> int | None:
+    """Raises ``UserError``."""
+    gathered = gather(spec.source, spec.options, spec.size)
+    size = gathered.options.get("size") if gathered.size_is_for_making else None
+    return size if isinstance(size, int) else None
+
+
+def _sentence(key: str, was: object, wanted: object) -> str:
+    return f"{key}: the disk has {_word(was)}, not {_word(wanted)}"
 
 
 def _word(value: object) -> str:

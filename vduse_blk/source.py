@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 from vduse_blk import registry
 from vduse_blk.block.contract import Backend
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.options import make_options, parse_uri, parse_values, quote_place
+from vduse_blk.block.options import make_options, parse_uri, parse_values, place_of, quote_place
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.stack import Stack
 
@@ -30,6 +31,42 @@ class SourceSpec:
 
     backend: str
     options: Mapping[str, Any]
+
+    @property
+    def size_is_for_making(self) -> bool:
+        """Whether the backend has a size that it can do without."""
+        return any(f.name == "size" and f.default is not MISSING for f in fields(registry.backend(self.backend).Options))
+
+    def is_same_storage(self, other: SourceSpec) -> bool:
+        """Whether both name the same storage at this moment, however they write it; their options are another matter. Two
+        paths do that if they lead to one file or device, and two that lead nowhere if they are the same path."""
+        place = place_of(registry.backend(self.backend).Options) or ""
+        one, two = self.options.get(place), other.options.get(place)
+        if self.backend != other.backend:
+            return False
+        return one == two or (place == "path" and isinstance(one, str) and isinstance(two, str) and _is_same_file(one, two))
+
+    def difference(self, other: SourceSpec) -> tuple[str, Any, Any] | None:
+        """The first option with which ``other``, of the same storage, would serve it otherwise: its name, and both values.
+        The place is ``is_same_storage``'s; a size that was for making the storage, and whether it is read-only, are to be
+        asked of what came of them."""
+        options = registry.backend(self.backend).Options
+        settled = {place_of(options), "read_only", "size" if self.size_is_for_making else None}
+        for field in fields(options):
+            default = None if field.default is MISSING else field.default
+            one, two = (spec.options.get(field.name, default) for spec in (self, other))
+            if field.name not in settled and one != two:
+                return field.name, one, two
+        return None
+
+
+def _is_same_file(one: str, two: str) -> bool:
+    try:
+        facts, others = os.stat(one), os.stat(two)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(two)
+    are_devices = stat.S_ISBLK(facts.st_mode) and stat.S_ISBLK(others.st_mode)
+    return facts.st_rdev == others.st_rdev if are_devices else os.path.samestat(facts, others)
 
 
 def parse_source(source: str) -> SourceSpec:
@@ -62,6 +99,21 @@ def absolute_source(source: str) -> str:
     return f"{_FILE}:{quote_place(os.getcwd())}/{match[2]}"
 
 
+def gather(source: str, options: Mapping[str, object], size: int | None) -> SourceSpec:
+    """A source together with what is said beside it, see ``open_source``. Raises UserError."""
+    spec = parse_source(source)
+    kind = registry.backend(spec.backend)
+    values, more = dict(spec.options), dict(options)
+    if size is not None:
+        if "size" not in _names(kind):
+            raise UserError(f"size: storage of kind '{spec.backend}' has its own size; leave it out")
+        more["size"] = size
+    for key, value in parse_values(spec.backend, kind.Options, more).items():
+        if values.setdefault(key, value) != value:
+            raise UserError(f"{key}: given twice, as {values[key]} in the source and as {value}; leave one out")
+    return SourceSpec(spec.backend, values)
+
+
 def open_source(
     source: str,
     options: Mapping[str, object] | None = None,
@@ -83,18 +135,10 @@ def open_source(
     ``options`` are the backend's, beyond those in ``source``; ``size`` and ``read_only`` go to a backend that has
     options of these names. Raises UserError.
     """
-    spec = parse_source(source)
+    spec = gather(source, options or {}, size)
     kind = registry.backend(spec.backend)
     values = dict(spec.options)
-    more = dict(options or {})
-    if size is not None:
-        if "size" not in _names(kind):
-            raise UserError(f"size: storage of kind '{spec.backend}' has its own size; leave it out")
-        more["size"] = size
-    for key, value in parse_values(spec.backend, kind.Options, more).items():
-        if values.setdefault(key, value) != value:
-            raise UserError(f"{key}: given twice, as {values[key]} in the source and as {value}; leave one out")
-    if made and any(field.name == "size" and field.default is not MISSING for field in fields(kind.Options)):
+    if made and spec.size_is_for_making:
         values.pop("size", None)
     if read_only and "read_only" in _names(kind):
         values["read_only"] = True

@@ -34,7 +34,7 @@ from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
 from vduse_blk.block.stack import Stack
-from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, HandOver, reached
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, HandOver, counters_of, reached
 from vduse_blk.queue import InflightLog, QueueFactory
 from vduse_blk.virtio import Feature, VirtioBlkDevice
 
@@ -72,6 +72,8 @@ class VduseExporter(Exporter):
         self._server: DeviceServer | None = None
         self._device: Device | None = None
         self._inflight: InflightLog | None = None
+        self._counted: dict[int, dict[str, int]] = {}
+        """By earlier servers of the device: another process's, or this one's before an upgrade that failed."""
         self.queue_count = options.queues or min(len(os.sched_getaffinity(0)), _QUEUES_DEFAULT)
         self._virtio = VirtioBlkDevice(
             self.info,
@@ -155,12 +157,14 @@ class VduseExporter(Exporter):
         assert self._device is not None
         # Between two messages: none is read and not answered. What comes now waits in the kernel for the next reader.
         await asyncio.to_thread(self._server.stop)
-        return HandOver({"node_fd": 0}, [self._device.fd])
+        self._counted = self._server.counters()
+        return HandOver({"node_fd": 0, "counters": self._counted}, [self._device.fd])
 
     async def receive(self, handed: HandOver) -> None:
         device = Device.from_fd(self._left_device(), handed.fds[handed.facts["node_fd"]])
         self._here.callback(self._after, device.close, "closed")
         self._prepare(device)
+        self._counted = counters_of(handed.facts)
         self._received = True
 
     async def resume(self, stack: Stack, *, touched: bool = False) -> Endpoint:
@@ -200,9 +204,11 @@ class VduseExporter(Exporter):
         device = self._create(control, names.free_device(self.name))
         inflight = None
         if self.options.directory is not None:
-            inflight = InflightLog.create(
-                self.options.directory / INFLIGHT_FILE, self.queue_count, self.options.queue_size
-            )
+            path = self.options.directory / INFLIGHT_FILE
+            try:
+                inflight = InflightLog.create(path, self.queue_count, self.options.queue_size)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}", exit_code=1) from error
             self._here.callback(inflight.close)
         self._serve(device, inflight).start()
         reached("served")
@@ -217,7 +223,8 @@ class VduseExporter(Exporter):
 
     def _serve(self, device: Device, inflight: InflightLog | None) -> DeviceServer:
         """A server that is not started, and stopped before its device is closed."""
-        server = DeviceServer(device, self._virtio, self._factory.make, self.fail, self._look_after_reset, inflight)
+        make, fail, after_reset = self._factory.make, self.fail, self._look_after_reset
+        server = DeviceServer(device, self._virtio, make, fail, after_reset, inflight, self._counted)
         self._device, self._inflight, self._server = device, inflight, server
         self._here.push_async_callback(asyncio.to_thread, server.stop)
         return server

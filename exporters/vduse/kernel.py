@@ -13,6 +13,7 @@ import os
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from vduse_blk.exporters.vduse import names
@@ -188,17 +189,32 @@ def disk_numbers(disk: str) -> tuple[int, int]:
 
 
 def add_link(name: str, disk: str) -> str:
-    """Make the stable name ``/dev/vduse-blk/NAME`` → ``../DISK``; returns it."""
-    LINKS.mkdir(mode=0o755, exist_ok=True)
+    """Make the stable name ``/dev/vduse-blk/NAME`` → ``../DISK``; returns it. Raises UserError."""
     link = LINKS / name
-    temporary = LINKS / f".{name}.new"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(f"../{disk}")
-    os.replace(temporary, link)
+    try:
+        _make_link(link, f"../{disk}")
+    except OSError as error:
+        raise UserError(f"cannot make {link}: {error.strerror}", exit_code=1) from error
     return str(link)
 
 
+def _make_link(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.new")
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(link.parent, mode=0o755)
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+        except FileNotFoundError:
+            continue  # another disk was the last one just now, and took the directory with it
+        os.replace(temporary, link)  # what is not empty stays
+        return
+
+
 def remove_link(name: str) -> None:
-    """The stable name goes. Its directory stays: another disk may be about to use it."""
+    """The stable name goes, and with the last one their directory. Raises OSError if the name stays."""
     (LINKS / name).unlink(missing_ok=True)
     (LINKS / f".{name}.new").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, gone, or mounted into a container
+        LINKS.rmdir()

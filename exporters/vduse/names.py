@@ -9,7 +9,8 @@ Which device is a remnant the kernel itself says, so that no file can be lost or
 any time, matters to a remnant no more, and ends with the device. A disk's device is the one of these names that is no
 remnant; there is at most one, because who makes it has the lock of the disk's directory and has looked.
 
-Remnants go with the next disk that is attached or detached after the process has ended, whatever that disk's name.
+Remnants go with the next disk that is attached or detached after the process has ended, whatever that disk's name, or when
+the process's monitor sees it end.
 """
 
 from __future__ import annotations

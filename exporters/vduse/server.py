@@ -28,7 +28,7 @@ import os
 import select
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
@@ -43,6 +43,7 @@ from pyvduse.messages import (
     decode_request,
     encode_response,
 )
+from vduse_blk.exporter import add_counters
 from vduse_blk.queue import InflightLog, IovaMap, Queue, QueueSetup, QueueState
 from vduse_blk.virtio import Feature, VirtioBlkDevice, feature_names
 
@@ -59,7 +60,8 @@ MakeQueue = Callable[[int, bool], Queue]
 class DeviceServer:
     """Serve ``device`` as ``virtio``. ``make_queue`` supplies queue drivers. From this thread, ``on_failure`` is called with
     a sentence when the device or a queue is lost, and ``on_reset`` after a driver has let go. ``inflight``: where queues
-    note what they have in flight, and where ``start(adopt=True)`` finds what a dead server had; it stays the caller's."""
+    note what they have in flight, and where ``start(adopt=True)`` finds what a dead server had; it stays the caller's.
+    ``counted``: what ``counters`` begin with."""
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class DeviceServer:
         on_failure: Callable[[str], None],
         on_reset: Callable[[], None] = lambda: None,
         inflight: InflightLog | None = None,
+        counted: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
         self._device = device
         self._on_reset = on_reset
@@ -82,7 +85,7 @@ class DeviceServer:
         self._unserved: set[int] = set()
         self._kicks: dict[int, int] = {}
         self._reported: set[tuple[int, str]] = set()
-        self._past_counters: dict[int, dict[str, int]] = {}
+        self._past_counters = {index: dict(past) for index, past in (counted or {}).items()}
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="vduse-messages", daemon=True)
@@ -159,9 +162,7 @@ class DeviceServer:
         """Per queue, since the device exists: queues come and go with every reset, their counts stay."""
         result = {index: dict(past) for index, past in list(self._past_counters.items())}
         for index, queue in list(self._queues.items()):
-            total = result.setdefault(index, {})
-            for key, value in queue.counters().items():
-                total[key] = total.get(key, 0) + value
+            add_counters(result.setdefault(index, {}), queue.counters())
         return result
 
     # --------------------------------------------------------------------------------------------- this thread
@@ -345,9 +346,7 @@ class DeviceServer:
         """Returns the next avail index."""
         queue = self._queues.pop(index)
         avail = queue.stop()
-        past = self._past_counters.setdefault(index, {})
-        for key, value in queue.counters().items():
-            past[key] = past.get(key, 0) + value
+        add_counters(self._past_counters.setdefault(index, {}), queue.counters())
         return avail
 
     def _pause(self, index: int) -> int:

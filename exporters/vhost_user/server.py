@@ -21,10 +21,10 @@ from typing import Any
 from vduse_blk.exporters.vhost_user import messages
 from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.messages import Assembler, ProtocolError, Refused
-from vduse_blk.exporters.vhost_user.session import Reply, Session, Totals, add_counters
+from vduse_blk.exporters.vhost_user.session import Reply, Session, Totals
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.exporter import HandOver
+from vduse_blk.exporter import HandOver, add_counters, counters_of
 from vduse_blk.queue import QueueFactory
 from vduse_blk.virtio import VirtioBlkDevice, feature_names
 
@@ -106,11 +106,13 @@ class FrontendServer:
         if self._listener is not None:
             facts["listener_fd"] = len(fds)
             fds.append(self._listener.fileno())
+        facts["counters"] = self._totals.past  # all of them: no queue runs
         return HandOver(facts, fds)
 
     def receive(self, handed: HandOver) -> None:
         """Before ``resume``: a session that another server has given. Raises UserError."""
         self._received = True
+        self._totals.past.update(counters_of(handed.facts))
         facts = handed.facts["session"]
         if facts is None:
             return

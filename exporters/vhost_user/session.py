@@ -37,7 +37,7 @@ from vduse_blk.exporters.vhost_user.log import FrontendLog
 from vduse_blk.exporters.vhost_user.memory import MAX_MEM_SLOTS, FrontendMemory
 from vduse_blk.exporters.vhost_user.messages import MemoryRegion, ProtocolError, ProtocolFeature, Refused, Request
 
-from vduse_blk.exporter import HandOver
+from vduse_blk.exporter import HandOver, add_counters
 from vduse_blk.queue import Queue, QueueFactory, QueueSetup, QueueState, SharedArea
 from vduse_blk.virtio import CONFIG_WCE_OFFSET, Feature, VirtioBlkDevice, feature_names
 
@@ -626,6 +626,3 @@ class Session:
         return states
 
 
-def add_counters(total: dict[str, int], more: dict[str, int]) -> None:
-    for key, value in more.items():
-        total[key] = total.get(key, 0) + value

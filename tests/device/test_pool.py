@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disks import BY_NAME, DISK_FS, MIB, Disk, Kind, LoopDevice
+from disks import BLOCK, BY_NAME, DISK_FS, MIB, Disk, Kind, LoopDevice
 
 from vduse_blk.core._core import lib
-from vduse_blk.testing.driver import IN, OK, OUT
+from vduse_blk.testing.driver import FLUSH, IN, OK, OUT
 
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
 
@@ -109,6 +109,29 @@ def test_a_request_that_waits_holds_up_no_other(frozen: FrozenFileSystem) -> Non
         assert len(driver.poll_used()) == 4
         for i in range(4):
             assert disk.content(64 * 512 + 4096 * i, 4096) == bytes([i]) * 4096
+    finally:
+        frozen.thaw()
+        disk.close()
+
+
+@pytest.mark.parametrize("io_mode", ["auto", "sync"])
+def test_a_block_device_is_no_file_in_memory(frozen: FrozenFileSystem, io_mode: str) -> None:
+    """Its node is in one, which says nothing of what it is made of: while a flush hangs, reads are answered, with io_uring
+    and without."""
+    disk = Disk(Kind("native-block", "file", True, io_mode, BLOCK))
+    try:
+        driver = disk.driver
+        assert driver.read(0, 4096) == (OK, bytes(4096))
+        frozen.freeze()
+        assert driver.write(64, bytes([1]) * 4096) == OK
+        flush = driver.request(FLUSH)
+        driver.kick()
+        for _ in range(5):
+            assert driver.read(0, 4096) == (OK, bytes(4096))
+        assert flush.status is None
+        frozen.thaw()
+        driver.run(flush)
+        assert flush.status == OK
     finally:
         frozen.thaw()
         disk.close()

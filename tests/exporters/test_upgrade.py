@@ -29,7 +29,7 @@ from vduse_blk.control.errors import ControlError, Exit, Hangup
 from vduse_blk.control.process import read_stat, server_process
 from vduse_blk.control.settings import SETTINGS_ENV
 from vduse_blk.control.status import disk_status
-from vduse_blk.exporter import KILL_ENV
+from vduse_blk.exporter import KILL_ENV, counters_of
 from vduse_blk.testing.driver import IOERR, OK
 from vduse_blk.testing.frontend import FakeFrontend
 
@@ -171,6 +171,76 @@ def test_everything_of_a_session_goes_along(serve: Serve) -> None:
     frontend.close()
     second.close()
     detach(server)
+
+
+OF_AN_OLDER_VERSION = """
+import runpy
+from vduse_blk.exporters.vhost_user.server import FrontendServer
+receive = FrontendServer.receive
+def receive_less(self, handed):
+    del handed.facts["counters"]
+    receive(self, handed)
+FrontendServer.receive = receive_less
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that is told what older ones tell."""
+
+
+@both_paths
+def test_counters_go_along(serve: Serve, path: str) -> None:
+    """Of each queue, of operations, bytes and errors: through an upgrade, one that failed, and of queues that are stopped. A
+    server that is not told begins anew."""
+    server = serve(queues=2, path=path, export="?writable=1")
+    machine = Machine(queues=2)
+    frontend = machine.boot(server)
+
+    def count() -> list[dict[str, int]]:
+        return [queue["counters"] for queue in server.call("info")["queues"]]
+
+    def use() -> None:
+        assert machine.queues[0].write(0, bytes(4096)) == OK
+        assert machine.queues[1].read(8, 512) == (OK, bytes(512))
+        assert machine.queues[1].write(SIZE // 512, bytes(512)) == IOERR
+
+    def check(times: int) -> None:
+        first, second = count()
+        assert (first["write_ops"], first["write_bytes"], first["read_ops"]) == (times, 4096 * times, 0)
+        assert (second["read_ops"], second["read_bytes"], second["write_errors"]) == (times, 512 * times, times)
+        assert server.call("info")["counters"]["write_bytes"] == 4096 * times
+        assert first["inflight"] == second["inflight"] == 0
+
+    use()
+    check(1)
+    upgrade(server)
+    check(1)
+    use()
+    check(2)
+    with pytest.raises(ControlError, match="signal 9"):
+        upgrade(server, environment=f"{KILL_ENV}=received")
+    check(2)
+    use()
+    frontend.close()
+    while server.call("info")["frontend"] is not None:
+        time.sleep(0.01)
+    upgrade(server)
+    check(3)
+    for queue in machine.queues:
+        queue.reset_ring()
+    frontend = machine.boot(server)
+    use()
+    check(4)
+    upgrade(server, sys.executable, "-P", "-c", OF_AN_OLDER_VERSION)
+    use()
+    check(1)
+    frontend.close()
+    machine.close()
+    detach(server)
+
+
+@pytest.mark.parametrize("said", [None, [], {"0": 5}, {"x": {"read_ops": 1}}, {"-1": {"read_ops": 1}}])
+def test_counters_that_cannot_be_any_count_nothing(said: object) -> None:
+    assert not any(counters_of({"counters": said}).values())
+    assert counters_of({"counters": {"1": {"read_ops": 1, "read_bytes": "x", "write_ops": -1}}}) == {1: {"read_ops": 1}}
 
 
 def test_without_a_front_end(serve: Serve, machine: Machine) -> None:
@@ -547,6 +617,79 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     with server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
+
+
+class Systemd:
+    """Who reads $NOTIFY_SOCKET: datagrams, each with the process that has sent it."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.settimeout(30)
+        self._socket.bind(str(path))
+
+    def message(self) -> tuple[int, str]:
+        text, ancillary, _, _ = self._socket.recvmsg(4096, socket.CMSG_SPACE(12))
+        ((level, kind, credentials),) = ancillary
+        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+        return int(struct.unpack("=iII", credentials)[0]), text.decode()
+
+    def is_silent(self) -> bool:
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+AT_REPLACED = """
+import os, signal
+import vduse_blk.exporter as exporter
+reached = exporter.reached
+def stop(step):
+    reached(step)
+    if step == "replaced":
+        os.kill(os.getpid(), signal.SIGSTOP)
+exporter.reached = stop
+"""
+"""For sitecustomize: an old server stops when the disk is the new one's, before it has told anybody."""
+
+
+def test_what_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old server, which is the unit's main process, says who is it now; only then does the new one say anything, for
+    systemd does not listen to others. An upgrade that fails is nobody's business but the command's."""
+    (tmp_path / "sitecustomize.py").write_text(AT_REPLACED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    systemd = Systemd(tmp_path / "notify")
+    server = Server(tmp_path)
+    old = server.process.pid
+    serving = f"READY=1\nSTATUS=serving {server.socket}"
+    assert systemd.message() == (old, serving)
+    with pytest.raises(ControlError, match="served as before"):
+        upgrade(server, environment=f"{KILL_ENV}=reopened")
+    said: list[int] = []
+    asking = threading.Thread(target=lambda: said.append(upgrade(server)["pid"]))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while read_stat(Path(f"/proc/{old}"))[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while (new := owner(server)) == old:
+        assert time.monotonic() < deadline
+    assert systemd.is_silent()
+    server.process.send_signal(signal.SIGCONT)
+    assert systemd.message() == (old, f"MAINPID={new}")
+    assert systemd.message() == (new, serving)
+    asking.join(30)
+    assert said == [new]
+    assert server.process.wait(10) == 0
+    with server_process(new) as end:
+        os.kill(new, signal.SIGTERM)
+        assert end is not None
+        assert select.select([end], [], [], 10)[0]
+    assert [systemd.message() for _ in range(2)] == [(new, "STATUS=detaching"), (new, "STOPPING=1")]
+    assert systemd.is_silent()
+    systemd.close()
 
 
 def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:

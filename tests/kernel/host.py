@@ -77,6 +77,28 @@ def uneven(path: Path, name: str = "uneven") -> Iterator[Path]:
         run("losetup", "-d", loop, check=False)
 
 
+class Stuck:
+    """A block device over a file that can stop to answer: whoever does direct I/O on it waits in the kernel, and no signal
+    ends that."""
+
+    def __init__(self, path: Path) -> None:
+        run("modprobe", "-a", "loop", "dm-mod")
+        self._loop = run("losetup", "--find", "--show", path).stdout.strip()
+        self.path = "/dev/mapper/stuck"
+        run("dmsetup", "create", "stuck", "--table", f"0 {path.stat().st_size // 512} linear {self._loop} 0")
+
+    def stop(self) -> None:
+        run("dmsetup", "suspend", "--nolockfs", "--noflush", "stuck")
+
+    def go_on(self) -> None:
+        run("dmsetup", "resume", "--noudevsync", "stuck")
+
+    def remove(self) -> None:
+        self.go_on()
+        run("dmsetup", "remove", "--retry", "stuck", check=False)
+        run("losetup", "-d", self._loop, check=False)
+
+
 def allocated(path: Path) -> int:
     """Bytes a file really occupies."""
     os.sync()
@@ -96,6 +118,7 @@ def assert_nothing_left(name: str | None = None) -> None:
     """No kernel object, no process, no file of a disk."""
     assert leftovers(name) == []
     assert name is not None or servers() == []
+    assert name is not None or not os.path.exists("/dev/vduse-blk")
 
 
 def servers() -> list[int]:

@@ -100,6 +100,21 @@ def test_a_file_in_use_is_refused_with_the_holders_pid(tmp_path: Path) -> None:
     assert_nothing_left()
 
 
+def test_a_run_directory_without_room_for_the_in_flight_log(tmp_path: Path) -> None:
+    """One sentence with the path, after the kernel device was made: it is gone again."""
+    small = tmp_path / "run"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "nr_inodes=8,mode=755", "none", small)
+    try:
+        refused = cli("attach", "memory:16M", "--name", "i", check=False, env={"VDUSE_BLK_RUN": str(small)})
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1] == f"vduse-blk: cannot write {small}/i/inflight: No space left on device"
+        assert list(small.iterdir()) == []
+    finally:
+        run("umount", small)
+    assert_nothing_left()
+
+
 def test_without_root(tmp_path: Path) -> None:
     """Not root: exit 5 and the remedy."""
     # Able to read, because our files may lie in a directory of root's own.

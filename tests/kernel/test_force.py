@@ -10,14 +10,34 @@ import errno
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
-from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, in_flight, info, leftovers, run, servers, wait_until
+from tests.kernel.host import (
+    CLI,
+    RUN,
+    Stuck,
+    assert_nothing_left,
+    cli,
+    image,
+    in_flight,
+    info,
+    leftovers,
+    run,
+    servers,
+    wait_until,
+)
+from vduse_blk.control import notes
+from vduse_blk.control.client import Client
+from vduse_blk.control.errors import ControlError
 from vduse_blk.control.process import read_stat
 
 MIB = 1 << 20
@@ -78,28 +98,6 @@ def test_a_plugin_that_spins(tmp_path: Path) -> None:
     device = cli("attach", "spinning:?size=16M", "--name", "k", env={"PYTHONPATH": str(tmp_path)}).stdout.strip()
     with writer(device):
         force(tmp_path)
-
-
-class Stuck:
-    """A block device over a file that can stop to answer: whoever does direct I/O on it waits in the kernel, and no signal
-    ends that."""
-
-    def __init__(self, path: Path) -> None:
-        run("modprobe", "-a", "loop", "dm-mod")
-        self._loop = run("losetup", "--find", "--show", path).stdout.strip()
-        self.path = "/dev/mapper/stuck"
-        run("dmsetup", "create", "stuck", "--table", f"0 {path.stat().st_size // 512} linear {self._loop} 0")
-
-    def stop(self) -> None:
-        run("dmsetup", "suspend", "--nolockfs", "--noflush", "stuck")
-
-    def go_on(self) -> None:
-        run("dmsetup", "resume", "--noudevsync", "stuck")
-
-    def remove(self) -> None:
-        self.go_on()
-        run("dmsetup", "remove", "--retry", "stuck", check=False)
-        run("losetup", "-d", self._loop, check=False)
 
 
 def hangs(pid: int) -> bool:
@@ -176,6 +174,80 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
     assert_nothing_left()
 
 
+def test_a_monitor_removes_what_its_hanging_server_kept(tmp_path: Path) -> None:
+    """As soon as that has ended: no other disk has to come."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    try:
+        words = ("attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin", "--restart", "on-failure")
+        device = cli(*words).stdout.strip()
+        server = info("k")["pid"]
+        stuck.stop()
+        with writer(device):
+            wait_until(lambda: hangs(server), "the server hangs")
+            remove_soon()
+        assert leftovers("k") == ["/dev/vduse/k", "/sys/class/vduse/k"]
+        stuck.go_on()
+        wait_until(lambda: leftovers("k") == [], "the remnant is removed")
+    finally:
+        stuck.remove()
+    assert_nothing_left()
+
+
+AT_RECEIVED = """
+import mmap, os, runpy, signal, sys
+import vduse_blk.exporter as exporter
+def reached(step):
+    if step == "received" and len(sys.argv) > 1:
+        os.preadv(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, 4096)], 0)
+    elif step == "received":
+        os.kill(os.getpid(), signal.SIGSTOP)
+exporter.reached = reached
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""The new server of an upgrade, which stops when it has got everything, or reads from a device that does not answer."""
+
+
+def state_of(pid: int) -> str:
+    return read_stat(Path(f"/proc/{pid}"))[0]
+
+
+@pytest.mark.parametrize("state", ["T", "D"])
+def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
+    """With all that was handed over, stopped or in a call that no signal ends: both servers are killed, and what the new one
+    keeps in the kernel is a remnant until that call has ended."""
+    stuck = Stuck(image(tmp_path / "stuck.img", MIB))
+    failures: list[ControlError] = []
+
+    def upgrade() -> None:
+        command = [sys.executable, "-P", "-c", AT_RECEIVED, *([stuck.path] if state == "D" else [])]
+        with Client("k", 120) as client, pytest.raises(ControlError) as failed:
+            client.call("upgrade", command=command, patience=60)
+        failures.append(failed.value)
+
+    try:
+        device = cli("attach", image(tmp_path / "disk.img", 16 * MIB), "--name", "k").stdout.strip()
+        stuck.stop()
+        asking = threading.Thread(target=upgrade)
+        asking.start()
+        wait_until(lambda: notes.read_state("k").get("successor") is not None, "the new server is started")
+        successor = notes.read_state("k")["successor"]
+        wait_until(lambda: state_of(successor) == state, "the new server hangs")
+        with writer(device):
+            remove_soon()
+        asking.join(60)
+        assert failures
+        remnant = ["/dev/vduse/k", "/sys/class/vduse/k"] if state == "D" else []
+        assert leftovers("k") == remnant
+        device = cli("attach", image(tmp_path / "other.img", 16 * MIB), "--name", "k").stdout.strip()
+        check_contents(device, tmp_path / "other.img", b"next")
+        stuck.go_on()
+        wait_until(lambda: not Path(f"/proc/{successor}").exists() or state_of(successor) == "Z", "the new server has ended")
+        cli("detach", "k")
+    finally:
+        stuck.remove()
+    assert_nothing_left()
+
+
 def test_another_programs_device_is_not_taken_for_a_remnant(tmp_path: Path) -> None:
     """Without a vdpa device and open, as a remnant is: an attach of its name is refused, and it stays."""
     disk = image(tmp_path / "disk.img", MIB)
@@ -208,7 +280,7 @@ def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path)
             with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
                 wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
                 assert is_open("k")
-                assert info("k")["state"] in ("starting", "silent")
+                assert info("k")["state"] == "dying"
                 stuck.go_on()
                 said, _ = attach.communicate(timeout=120)
             assert (attach.returncode, said.strip()) == (0, device)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import assert_nothing_left, cli, image, info, servers, wait_until
+from tests.kernel.host import Stuck, assert_nothing_left, cli, image, info, run, servers, tree_digest, wait_until
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError
+from vduse_blk.control.status import disk_status
 from vduse_blk.exporter import KILL_ENV
 
 MIB = 1 << 20
@@ -31,9 +32,18 @@ def load(device: str) -> list[str]:
     return ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in options.items())]
 
 
-def served(name: str) -> None:
-    """Wait until requests are served by whoever serves the disk now."""
-    wait_until(lambda: info(name)["counters"].get("write_ops", 0) > 50, "requests are served")
+def served(name: str, since: int = 0) -> None:
+    """Wait until requests are served, more than ``since``: counters go along from server to server."""
+    wait_until(lambda: writes(name) > since + 50, "requests are served")
+
+
+def writes(name: str) -> int:
+    return counter(name, "write_ops")
+
+
+def counter(name: str, key: str) -> int:
+    """Asked here and now: a command takes a second to start."""
+    return int(disk_status(name).info.get("counters", {}).get(key, 0))
 
 
 def test_upgrades_under_load(tmp_path: Path) -> None:
@@ -44,13 +54,16 @@ def test_upgrades_under_load(tmp_path: Path) -> None:
     monitor = info("a")["monitor"]
     pauses = []
     with subprocess.Popen(load(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        counted = 0
         for _ in range(5):
-            served("a")
+            served("a", counted)
             assert fio.poll() is None
+            counted = writes("a")
             said = json.loads(cli("upgrade", "a", "--json").stdout)
             pauses.append(said["pause_ms"])
             assert info("a")["pid"] == said["pid"]
-        served("a")
+            assert writes("a") >= counted
+        served("a", writes("a"))
         fio.send_signal(signal.SIGINT)
         output, _ = fio.communicate(timeout=120)
         assert fio.returncode in (0, 128), output  # by version; 128: it was interrupted
@@ -79,6 +92,78 @@ def test_a_new_server_that_dies_leaves_the_old_one(tmp_path: Path, step: str) ->
         assert info("a")["pid"] == pid
         assert dd.wait(60) == 0
     cli("detach", "a")
+    assert_nothing_left()
+
+
+WITHOUT_THREADS = """
+import errno, runpy
+from vduse_blk.queue.native import NativeQueue, lib
+start = NativeQueue.start
+def refuse(self, setup, iova):
+    if setup.index == 1 and self._target.kind != lib.VB_TARGET_NONE:
+        raise OSError(errno.EAGAIN, "no thread")
+    start(self, setup, iova)
+NativeQueue.start = refuse
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that gets no thread for its second queue."""
+
+
+def test_a_new_server_that_gets_no_queue_leaves_the_old_one(tmp_path: Path) -> None:
+    """The old one goes on under a load that verifies, every queue of it, and the next upgrade succeeds."""
+    device = cli("attach", image(tmp_path / "disk.img", 64 * MIB), "--name", "a", "--queues", "2").stdout.strip()
+    pid = info("a")["pid"]
+    with subprocess.Popen(load(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        served("a")
+        command = [sys.executable, "-P", "-c", WITHOUT_THREADS]
+        with Client("a", 60) as client, pytest.raises(ControlError, match=r"no thread.*served as before"):
+            client.call("upgrade", command=command, patience=30)
+        facts = disk_status("a").info
+        assert facts["pid"] == pid
+        assert {queue["state"] for queue in facts["queues"]} == {"running"}
+        served("a", writes("a"))
+        cli("upgrade", "a")
+        served("a", writes("a"))
+        fio.send_signal(signal.SIGINT)
+        output, _ = fio.communicate(timeout=120)
+        assert fio.returncode in (0, 128), output
+        assert re.search(r"err= *0[:,\s]", output), output
+    cli("detach", "a")
+    assert_nothing_left()
+
+
+def test_what_does_not_end_on_a_mounted_disk_is_waited_for_by_no_upgrade(tmp_path: Path) -> None:
+    """Its storage hangs: the upgrade is refused after its time, and when the storage answers the file system has everything
+    that was written to it."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 64 * MIB))
+    mount = tmp_path / "mnt"
+    mount.mkdir()
+    try:
+        device = cli("attach", f"file:{stuck.path}?direct=1", "--name", "a").stdout.strip()
+        run("mkfs.ext4", "-q", device)
+        run("mount", device, mount)
+        pid = info("a")["pid"]
+        stuck.stop()
+        words = ["dd", "if=/dev/urandom", f"of={mount}/file", "bs=64k", "count=16", "conv=fsync", "status=none"]
+        with subprocess.Popen(words) as dd:
+            wait_until(lambda: counter("a", "inflight") > 0, "a write hangs")
+            refused = cli("upgrade", "a", check=False)
+            assert refused.returncode == 7, refused.stderr
+            assert "what is in flight has not ended within 5 seconds; disk 'a' is served as before" in refused.stderr
+            assert info("a")["pid"] == pid
+            assert dd.poll() is None
+            stuck.go_on()
+            assert dd.wait(60) == 0
+        written = tree_digest(mount)
+        cli("upgrade", "a")
+        run("umount", mount)
+        run("fsck.ext4", "-f", "-n", device)
+        run("mount", device, mount)
+        assert tree_digest(mount) == written
+        run("umount", mount)
+        cli("detach", "a")
+    finally:
+        stuck.remove()
     assert_nothing_left()
 
 

@@ -2,10 +2,10 @@
 
 ``FAKE_WORKER`` says what it does: 'ready' (default), 'refuse' (a failure line with code 4), 'broken' (the
 same with code 1, after writing to its log), 'die' (ends without a line), 'crash' (a signal ends it), 'slow'
-(never ready; undoes everything when nobody waits for it any more), 'stuck' (never ready and does not notice),
-'late' (ready only when its reader is gone: the line is lost), 'busy' (ready; detach only with force), 'mute'
-(ready; answers nothing), 'mortal' (ready; dies on detach and resize without a reply), 'untidy' (ready;
-leaves its directory behind), 'leaving' (ready; is detached while it resizes).
+(never ready; undoes everything when nobody waits for it any more), 'heir' (the same, and leaves what an earlier server
+left), 'stuck' (never ready and does not notice), 'late' (ready only when its reader is gone: the line is lost), 'busy'
+(ready; detach only with force), 'mute' (ready; answers nothing), 'mortal' (ready; dies on detach and resize without a
+reply), 'untidy' (ready; leaves its directory behind), 'leaving' (ready; is detached while it resizes).
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ def main() -> None:
         else:
             tell(messages.failure_line("the file is in use", 4, HOLDERS))
         sys.exit(4)
-    if mode in ("slow", "late", "stuck"):
+    if mode in ("slow", "heir", "late", "stuck"):
         assert spec.ready_fd is not None
         poll = select.poll()
         if mode != "stuck":
             poll.register(spec.ready_fd, 0)  # POLLERR only: nobody reads any more
         poll.poll(None)
-        if mode == "slow":
-            undo()
+        if mode in ("slow", "heir"):
+            if mode == "slow":
+                undo()
             sys.exit(1)
         os.close(spec.ready_fd)
     state = {

@@ -435,11 +435,20 @@ class TestFileOpen:
             (lambda p: os.mkfifo(p), "is a fifo", 2),
             (lambda p: socket.socket(socket.AF_UNIX).bind(str(p)), "is a socket", 2),
             (lambda p: image(p, 0), "is empty; a file gets a size with `truncate -s SIZE FILE`", 2),
-            (lambda p: image(p, 1000), "has 1000 bytes, no multiple of the block size 512; the next is 1024", 2),
+            (
+                lambda p: image(p, 1000),
+                "has 1000 bytes, no multiple of the block size 512; `truncate -s %512 FILE` rounds a file up to 1024",
+                2,
+            ),
+            (
+                lambda p: image(p, 100),
+                "has 100 bytes, less than one block of 512; `truncate -s %512 FILE` rounds a file up to 512",
+                2,
+            ),
             (lambda p: p.symlink_to(p), "is a symbolic link that leads to itself", 2),
             (lambda p: p.symlink_to("/dev/null"), "is a character device", 2),
         ],
-        ids=["missing", "directory", "fifo", "socket", "empty", "ragged", "link", "character device"],
+        ids=["missing", "directory", "fifo", "socket", "empty", "ragged", "small", "link", "character device"],
     )
     def test_what_is_no_storage_is_refused(
         self, make: Callable[[Path], object], says: str, exit_code: int, tmp_path: Path

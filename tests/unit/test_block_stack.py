@@ -382,7 +382,11 @@ class TestPresentation:
 
     @pytest.mark.parametrize(
         ("size", "block", "says"),
-        [(4096 + 512, 4096, "no multiple of the block size 4096"), (0, None, "is empty")],
+        [
+            (4608, 4096, "4608 bytes, no multiple of the block size 4096; the next size is 8192, a block size of 512 fits$"),
+            (512, 4096, "has 512 bytes, less than one block of 4096; the next size is 4096, a block size of 512 fits$"),
+            (0, None, "is empty"),
+        ],
     )
     def test_a_size_that_makes_no_disk_is_refused(self, size: int, block: int | None, says: str) -> None:
         """And the storage is closed again."""

@@ -314,6 +314,18 @@ class TestAttach:
         assert "vduse-blk detach m" in done.stderr
         assert notes.read_state("m") == {"source": "/x"}
 
+    @pytest.mark.parametrize("fake", ["heir", "slow"])
+    def test_what_is_said_to_be_left_is_true(self, host: Host, fake: str) -> None:
+        """An attach that gave up says that nothing is left only where the disk's directory is gone."""
+        rundir.make_directory("m")
+        notes.write_state("m", {"source": "/x"})
+        code, report = host.json("attach", "null:1G", "--name", "m", "--timeout", "0.5", fake=fake)
+        assert code == 7
+        assert ("nothing is left" in report["error"]) == (host.names() == []) == (fake == "slow")
+        if fake == "heir":
+            assert "the disk 'm' that is there is an earlier server's (`vduse-blk info m` says more)" in report["error"]
+            assert notes.read_state("m") == {"source": "/x"}
+
 
 class TestRace:
     """Two attach the same name at once: the loser made the directory, and the winner's server came first."""
@@ -349,17 +361,20 @@ class TestRace:
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         locks: list[int] = []
-        self.lose(tmp_path, monkeypatch, lambda: locks.append(rundir.lock_directory("m")))
+        error = self.lose(tmp_path, monkeypatch, lambda: locks.append(rundir.lock_directory("m")))
         assert removed == []
         assert rundir.is_locked("m")
+        assert "the disk 'm' that is there is another attach's" in str(error)
         os.close(locks[0])
 
     def test_a_winner_that_died_is_left_to_detach(
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its disk was promised to somebody, who may use it."""
-        self.lose(tmp_path, monkeypatch, lambda: notes.write_state("m", {"pid": 1}))
+        """Its disk was promised to somebody, who may use it: its directory says what it is."""
+        error = self.lose(tmp_path, monkeypatch, lambda: notes.write_state("m", {"pid": 1}))
         assert removed == []
+        assert notes.read_state("m") == {"pid": 1}
+        assert "the disk 'm' that is there is another attach's" in str(error)
 
     def test_without_another_what_is_left_is_removed(
         self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -837,6 +852,23 @@ class TestRunDirectoryInTheWay:
             4,
             f"vduse-blk: {tmp_path / 'run'} is in the way: it is not a directory\n",
         )
+
+
+class TestRelativeDirectories:
+    """The server, which works in '/', would have another one than the command."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("attach", "null:1G"), ("serve", "null:1G", "--name", "a"), ("list",), ("info", "a"), ("detach", "a"), ("doctor",)],
+    )
+    def test_a_run_directory_is_refused(self, host: Host, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        host.env[rundir.RUN_ENV] = "run"
+        done = host.run(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "vduse-blk: VDUSE_BLK_RUN: 'run' is not usable; accepted are absolute paths\n",
+        )
+        assert os.listdir(tmp_path) == []
 
 
 def test_the_names_tried_are_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vduse_blk.source": ("vduse_blk.block", "vduse_blk.registry"),
     "vduse_blk.exports": ("vduse_blk.block", "vduse_blk.exporter", "vduse_blk.registry"),
     "vduse_blk.control": ("vduse_blk.block",),
-    "vduse_blk.record": ("vduse_blk.block", "vduse_blk.control"),
+    "vduse_blk.record": ("vduse_blk.block", "vduse_blk.control", "vduse_blk.source"),
     "vduse_blk.exporters.vduse": (
         "pyvduse",
         "vduse_blk.block",

@@ -34,6 +34,14 @@ def test_what_is_written_is_what_the_next_one_finds(folder: Path) -> None:
         assert (Remains("d", source).was_served, Remains("d", source).settings) == (False, {}), source
 
 
+def test_another_path_to_the_same_file_is_the_same_storage(folder: Path) -> None:
+    """Otherwise its lost data would be forgotten."""
+    (folder / "x.img").touch()
+    (folder / "link").symlink_to("x.img")
+    Remains("d", f"file:{folder}/x.img?size=1M").write()
+    assert Remains("d", f"{folder}/./link").was_served
+
+
 @pytest.mark.parametrize(
     "damage",
     [

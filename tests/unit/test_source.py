@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -161,3 +163,39 @@ class TestOpenSource:
         with pytest.raises(UserError, match="block_size: 1000 is not usable; accepted are powers of two from 512"):
             open_source("memory:1M", block_size=1000)
         assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_the_same_storage_if_they_lead_to_it(tmp_path: Path) -> None:
+    """Or, where they lead nowhere, if they are the same path."""
+    (tmp_path / "x").touch()
+    (tmp_path / "y").touch()
+    (tmp_path / "link").symlink_to("x")
+    (tmp_path / "folder").symlink_to(".")
+
+    def same(one: str, other: str) -> bool:
+        return parse_source(f"{tmp_path}/{one}").is_same_storage(parse_source(f"file:{tmp_path}/{other}?sync=1"))
+
+    assert same("x", "x")
+    assert same("./x", "folder/link")
+    assert not same("x", "y")
+    assert same("gone", "folder/./gone")
+    assert not same("gone", "x")
+    assert not parse_source("null:1M").is_same_storage(parse_source("memory:1M"))
+    assert not parse_source("null:1M").is_same_storage(parse_source("null:2M"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
+def test_nodes_are_the_same_storage_if_they_are_of_one_device(tmp_path: Path) -> None:
+    """Not opened, only looked at: nobody has such devices."""
+    for name, minor in (("a", 1), ("b", 1), ("c", 2)):
+        os.mknod(tmp_path / name, stat.S_IFBLK | 0o600, os.makedev(240, minor))
+    os.mknod(tmp_path / "d", stat.S_IFCHR | 0o600, os.makedev(240, 1))
+    (tmp_path / "by-id").symlink_to("a")
+
+    def same(one: str, other: str) -> bool:
+        return parse_source(f"{tmp_path}/{one}").is_same_storage(parse_source(f"{tmp_path}/{other}"))
+
+    assert same("a", "b")
+    assert same("by-id", "b")
+    assert not same("a", "c")
+    assert not same("a", "d")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from vduse_blk.block.holders import take_from
-from vduse_blk.cli import launch
+from vduse_blk.cli import launch, show
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit
@@ -247,6 +249,13 @@ class TestSignals:
         assert list(run_dir.iterdir()) == []
 
 
+    def test_a_relative_settings_directory_is_why_there_is_no_disk(self, start: Start, run_dir: Path) -> None:
+        server = start(VDUSE_BLK_ETC="etc")
+        assert server.process.wait(30) == Exit.USAGE
+        assert "VDUSE_BLK_ETC: 'etc' is not usable; accepted are absolute paths" in server.log
+        assert list(run_dir.iterdir()) == []
+
+
 class TestSet:
     def test_settings_change_at_once_and_outlive_the_server(self, start: Start) -> None:
         """What is set is what info shows, and what the state tells a successor; an empty value is the default."""
@@ -336,7 +345,8 @@ class TestTakingOver:
     @pytest.mark.parametrize(
         ("change", "difference"),
         [
-            ({"source": "durable:?size=2M"}, r"source: it has 'durable:\?size=1M', not 'durable:\?size=2M'"),
+            ({"source": "durable:?size=2M"}, r"source: the disk has 'durable:\?size=1M', not 'durable:\?size=2M'"),
+            ({"source": "fake:?size=1M"}, r"source: the disk has 'durable:\?size=1M', not 'fake:\?size=1M'"),
             ({"queues": 2}, "queues: the disk has 3, not 2"),
             ({"queue_size": 128}, "queue-size: the disk has 256, not 128"),
             ({"block_size": 4096}, "block-size: the disk has 512, not 4096"),
@@ -354,6 +364,65 @@ class TestTakingOver:
         assert "`vduse-blk detach d --force`" in server.log
         server = start(**KEPT)
         server.until("serving")
+
+    @pytest.mark.parametrize("spelling", ["{path}", "{folder}/./d.img", "file://{folder}//d.img?size=1M", "link", "hard"])
+    def test_a_source_is_what_it_means(self, spelling: str, start: Start, tmp_path: Path) -> None:
+        """The same file by another path, and without the size that it was made with, is the same disk, with what was set;
+        and then by the words it was made with again."""
+        path = tmp_path / "d.img"
+        made: dict[str, Any] = {"source": f"file:{path}?size=1M", "exports": ["kept"]}
+        server = start(**made)
+        server.until("serving")
+        server.call("set", values={"on-error": "wait"})
+        server.process.kill()
+        server.process.wait()
+        source = spelling.format(path=path, folder=tmp_path)
+        if spelling in ("link", "hard"):
+            source = str(tmp_path / spelling)
+            (tmp_path / spelling).symlink_to(path) if spelling == "link" else os.link(path, source)
+        for words in ({**made, "source": source}, made):
+            server = start(**words)
+            server.until("serving")
+            info = server.call("info")
+            assert (info["taken_over"], info["size"], info["policy"]["on_error"]) == (True, 1 << 20, "wait")
+            server.process.kill()
+            server.process.wait()
+
+    @pytest.mark.parametrize(
+        ("source", "size", "difference"),
+        [
+            ("{folder}/other.img", None, r"source: the disk has '\S+/d.img', not '\S+/other.img'"),
+            ("{folder}/missing.img", 1 << 20, r"source: the disk has '\S+/d.img', not '\S+/missing.img'"),
+            ("file:{path}?sync=1", None, "sync: the disk has no, not yes"),
+            ("file:{path}?size=2M", None, "size: the disk has 1048576 bytes, not 2097152"),
+            ("{path}", 2 << 20, "size: the disk has 1048576 bytes, not 2097152"),
+        ],
+    )
+    def test_but_no_other(self, source: str, size: int | None, difference: str, start: Start, tmp_path: Path) -> None:
+        """Another file, though it has the same size; other options; a size that the disk never had."""
+        for name in ("d.img", "other.img"):
+            (tmp_path / name).write_bytes(bytes(1 << 20))
+        made: dict[str, Any] = {"source": str(tmp_path / "d.img"), "exports": ["kept"]}
+        killed(start, **made)
+        server = start(**made | {"source": source.format(path=tmp_path / "d.img", folder=tmp_path), "size": size})
+        assert server.process.wait(30) == Exit.BUSY
+        assert re.search(difference, server.log), server.log
+        assert not (tmp_path / "missing.img").exists()
+        server = start(**made)
+        server.until("serving")
+
+    def test_nor_one_that_has_taken_its_path(self, start: Start, tmp_path: Path) -> None:
+        """Neither by the words of the disk nor by another path to it."""
+        path = tmp_path / "d.img"
+        path.write_bytes(bytes(1 << 20))
+        made: dict[str, Any] = {"source": str(path), "exports": ["kept"]}
+        killed(start, **made)
+        path.rename(tmp_path / "old.img")
+        path.write_bytes(bytes(1 << 20))
+        for source in (path, f"{tmp_path}/./d.img"):
+            server = start(**made | {"source": str(source)})
+            assert server.process.wait(30) == Exit.BUSY
+            assert "is not the same file any more" in server.log
 
     def test_the_default_number_of_queues_is_that_of_the_disk(self, start: Start) -> None:
         """And not what this host or version would choose today."""
@@ -441,6 +510,28 @@ class TestTakingOver:
         assert server.process.wait(30) == Exit.BUSY
         assert "hangs in the kernel" in server.log
         assert (run_dir / "kept").exists()
+
+    def test_one_that_hangs_in_the_kernel_is_shown_as_such(self, start: Start, tmp_path: Path) -> None:
+        """At once, for it will not answer, and with what can be done; as soon as it has ended the disk is dead."""
+        killed(start, source=str(tmp_path / "d.img"), size=1 << 20)
+        hung = Hung()
+        try:
+            listener = socket.socket(socket.AF_UNIX)
+            rundir.DiskPaths.of("d").socket.unlink()
+            listener.bind(str(rundir.DiskPaths.of("d").socket))
+            listener.listen()  # as the hanging process, which has its files open, still does
+            shown = CliRunner().invoke(show.info, ["d", "--json"])
+            found = json.loads(shown.stdout)
+            assert (found["state"], found["pid"]) == ("dying", hung.process.pid)
+            assert re.search(
+                "its server was killed and waits in the kernel.*`vduse-blk attach .* --name d .*` waits for its end and "
+                "serves the disk again; `vduse-blk detach d --force` fails its requests and removes it",
+                found["way_out"],
+            )
+            listener.close()
+        finally:
+            hung.end()
+        assert disk_status("d").state == "dead"
 
     def test_a_disk_removed_meanwhile_is_not_made_again(self, start: Start, run_dir: Path, hung: Hung) -> None:
         """`detach --force` while a successor waits for the dead server."""

@@ -19,6 +19,7 @@ from vduse_blk.block.batch import OPEN, Batch, BatchLimits
 from vduse_blk.block.contract import Backend, BlockInfo, Fence, Filter, Segments, Support
 from vduse_blk.block.errors import PermanentError, UserError
 from vduse_blk.block.native import NativeTarget
+from vduse_blk.block.options import place_of
 from vduse_blk.block.patience import Patience
 from vduse_blk.block.policy import Policy
 from vduse_blk.block.threads import Threads
@@ -98,10 +99,15 @@ class Stack:
     @property
     def default_on_error(self) -> str:
         """What the storage itself has its users do about temporary errors, as they write it."""
-        leaf = self._backend
-        while isinstance(leaf, Filter):
-            leaf = leaf.below
-        return leaf.default_on_error
+        return self._storage.default_on_error
+
+    @property
+    def _storage(self) -> Backend:
+        """Below all filters."""
+        found = self._backend
+        while isinstance(found, Filter):
+            found = found.below
+        return found
 
     @property
     def filters(self) -> dict[str, Filter]:
@@ -215,10 +221,7 @@ class Stack:
         if leaf.size == 0:
             raise UserError(f"size: {self} is empty; a file gets a size with `truncate -s SIZE FILE`")
         if leaf.size % block:
-            raise UserError(
-                f"size: {self} has {leaf.size} bytes, no multiple of the block size {block}; "
-                f"the next is {leaf.size + -leaf.size % block} (`truncate -s %{block} FILE` rounds a file up)"
-            )
+            raise self._uneven(leaf, block)
         read_only = self._read_only or leaf.read_only
         self._leaf = leaf
         return dataclasses.replace(
@@ -230,6 +233,18 @@ class Stack:
             volatile_cache=leaf.volatile_cache and not read_only,
             serial=self._serial or leaf.serial,
         )
+
+    def _uneven(self, leaf: BlockInfo, block: int) -> UserError:
+        """What is wrong with a size that is not one of whole blocks, and each way to mend it that there is."""
+        what = f"less than one block of {block}" if leaf.size < block else f"no multiple of the block size {block}"
+        next_size = leaf.size + -leaf.size % block
+        # Of a source whose place is a path, the size is the file's; otherwise its user gives it.
+        is_file = place_of(self._storage.Options) == "path"
+        truncate = f"`truncate -s %{block} FILE` rounds a file up to {next_size}"
+        ways = [truncate if is_file else f"the next size is {next_size}"]
+        if leaf.size % leaf.logical_block_size == 0:
+            ways.append(f"a block size of {leaf.logical_block_size} fits")
+        return UserError(f"size: {self} has {leaf.size} bytes, {what}; {', '.join(ways)}")
 
     # ----------------------------------------------------------------------------------------------- requests
 

@@ -163,13 +163,17 @@ def start(spec: WorkerSpec, timeout: float, *, unique: bool) -> dict[str, Any]:
     with _signals_as_bytes() as signals:
         name, made = claim_directory(spec.name, unique=unique)
         directory = rundir.open_directory(name)
+        attempt = None
         try:
             wanted = dataclasses.replace(spec, name=name, timeout=timeout)
-            return {"name": name} | _Attempt(wanted, signals, made).outcome(timeout)
+            attempt = _Attempt(wanted, signals, directory, made)
+            return {"name": name} | attempt.outcome(timeout)
         except LeftBehind:
             raise
         except BaseException:
-            if made:
+            if attempt is not None:
+                attempt.discard()
+            elif made:
                 rundir.remove_directory(name, opened_fd=directory)
             raise
         finally:
@@ -183,13 +187,15 @@ class LeftBehind(ControlError):
 class _Attempt:
     """One server being started. Owned by the main thread."""
 
-    def __init__(self, spec: WorkerSpec, signals: int, made: bool) -> None:
-        """Start the process. ``signals``: a descriptor with one byte per signal that asks us to give up.
-        ``made``: the name was free before, so whatever the kernel has of it is this server's."""
+    def __init__(self, spec: WorkerSpec, signals: int, directory: int, made: bool) -> None:
+        """Start the process. ``signals``: a descriptor with one byte per signal that asks us to give up. ``directory``: of
+        the disk, which stays the caller's. ``made``: the name was free before, so whatever the kernel has of it is this
+        server's."""
         import subprocess
 
         self._name = spec.name
         self._signals = signals
+        self._directory = directory
         self._made = made
         # Kept open for reading: a server that undoes everything may remove the file before we show its end.
         self._log = _open_log(DiskPaths.of(spec.name).log)
@@ -273,7 +279,7 @@ class _Attempt:
         self._show_log()
         sentence = f"the server of disk '{self._name}' {_end_text(status)} before the disk was ready"
         self._clean_up(sentence, Exit.FAILED)
-        raise ControlError(f"{sentence}; nothing is left of it", Exit.FAILED)
+        raise ControlError(f"{sentence}; {self._what_is_left()}", Exit.FAILED)
 
     def _give_up(self, why: str, timeout: float) -> NoReturn:
         """Let the server undo everything, and wait until it has."""
@@ -295,23 +301,55 @@ class _Attempt:
                 )
         if status is None or status < 0 or (self._made and _kernel_knows(self._name)):
             self._clean_up(sentence, code)  # it did not get to the end of undoing
-        raise ControlError(f"{sentence}; nothing is left of it", code)
+        raise ControlError(f"{sentence}; {self._what_is_left()}", code)
+
+    def _what_is_left(self) -> str:
+        """Of the disk, when the server has ended and is cleaned up after: a sentence's end."""
+        if self._made:
+            self.discard()
+        if not rundir.is_directory(self._name, self._directory):
+            return "nothing is left of it"
+        whose = "another attach" if self._made else "an earlier server"
+        return f"the disk '{self._name}' that is there is {whose}'s (`vduse-blk info {self._name}` says more)"
+
+    def discard(self) -> None:
+        """Remove the directory if it was made for this server, which has ended, and nobody else has used it."""
+        lock = self._lock() if self._made else None
+        if lock is None:
+            return
+        try:
+            if self._is_ours():
+                rundir.remove_directory(self._name, locked_fd=lock)
+        finally:
+            os.close(lock)
+
+    def _lock(self) -> int | None:
+        """The lock of the directory; None: another server has it, or the directory is gone."""
+        try:
+            return rundir.lock_directory(self._name, opened_fd=self._directory)
+        except ControlError as e:
+            if isinstance(e, Served) or e.exit_code == Exit.NOT_FOUND:
+                return None
+            raise
+
+    def _is_ours(self) -> bool:
+        """Of a directory that was made for this server. Another attach of the name may have been faster, and its server left
+        its state: its disk was promised to somebody."""
+        state = notes.read_state(self._name)
+        return bool(state.get("monitor", state.get("pid", self._process.pid)) == self._process.pid)
 
     def _clean_up(self, sentence: str, code: int) -> None:
         """Remove what the dead server left in the kernel. Raises ``LeftBehind`` if that fails.
 
-        Another attach of that name may have been faster: its server has the lock, or had it and left its state. What
-        is there then is not ours to remove.
+        Another attach of that name may have been faster. What is there then is not ours to remove.
         """
-        try:
-            lock = rundir.lock_directory(self._name)
-        except Served:
+        lock = self._lock()
+        if lock is None:
             return
         try:
             if not self._made:
                 raise ControlError("it was there before, with a dead server", Exit.BUSY)
-            state = notes.read_state(self._name)
-            if state.get("monitor", state.get("pid", self._process.pid)) == self._process.pid:
+            if self._is_ours():
                 remove_leftover(self._name, force=True)  # it was promised to nobody; udev may be looking at it
                 rundir.remove_directory(self._name, locked_fd=lock)
         except ControlError as e:

@@ -22,6 +22,7 @@ from vduse_blk.control.status import DiskStatus, all_disks, disk_status
 STATE_STYLES: Final = {
     "serving": "green",
     "dead": "red",
+    "dying": "red",
     "silent": "red",
     "broken": "red",
     "unreadable": "red",
@@ -38,7 +39,8 @@ def list_disks(as_json: bool) -> None:
     """List every disk of this host, those whose server died included.
 
     STATE is what the server says of itself ('starting', 'serving', 'waiting', 'broken', 'detaching'), 'dead' if there is
-    no server, 'silent' if there is one that does not answer, and 'unreadable' without access to the disk's directory.
+    no server, 'dying' if it was killed and has not ended, 'silent' if there is one that does not answer, and 'unreadable'
+    without access to the disk's directory.
     """
     disks = list(all_disks())
     if as_json:
@@ -60,7 +62,7 @@ def list_disks(as_json: bool) -> None:
 def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
     disk = disk_status(name, timeout=10)
-    if disk.state in ("dead", "silent"):
+    if disk.state in ("dead", "dying", "silent"):
         disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk)})
     if as_json:
         output.print_json({"ok": True, **_as_json(disk)})
@@ -73,15 +75,17 @@ def _looked_at(disk: DiskStatus) -> dict[str, Any]:
     force = f"`vduse-blk detach {disk.name} --force`"
     if disk.state == "silent":
         return {"way_out": f"{force} kills its server and removes it"}
+    dying = disk.state == "dying"
     found: dict[str, Any] = import_module("vduse_blk.exporters.vduse.left").look(disk.name)
     if "broken" in found:
         return found
-    if not found:
+    if not found and not dying:
         return {"way_out": f"`vduse-blk detach {disk.name}` removes what is left of it"}
     from vduse_blk import record, registry
     from vduse_blk.block.contract import Fence
     from vduse_blk.source import parse_source
 
+    was_killed = "its server was killed and waits in the kernel, probably for storage, until that answers; " if dying else ""
     try:
         known = record.read(disk.name)
         if known is None:
@@ -89,8 +93,10 @@ def _looked_at(disk: DiskStatus) -> dict[str, Any]:
         if registry.backend(parse_source(known.spec.source).backend).fence is not Fence.OPEN:
             raise ControlError("its contents are lost")
     except UserError as e:
-        return found | {"way_out": f"{e}: {force} fails its requests and removes it"}
-    return found | {"way_out": f"`{attach_command(known.spec)}` serves it again; {force} fails its requests and removes it"}
+        return found | {"way_out": f"{was_killed}{e}: {force} fails its requests and removes it"}
+    serves = "waits for its end and serves the disk again" if dying else "serves it again"
+    command = f"`{attach_command(known.spec)}` {serves}"
+    return found | {"way_out": f"{was_killed}{command}; {force} fails its requests and removes it"}
 
 
 def attach_command(spec: WorkerSpec) -> str:

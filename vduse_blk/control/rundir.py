@@ -49,8 +49,17 @@ def check_name(name: str) -> str:
 
 
 def run_root() -> Path:
-    """Directory that holds one directory per disk."""
-    return Path(os.environ.get(RUN_ENV) or DEFAULT_RUN_ROOT)
+    """Directory that holds one directory per disk. Raises ``UserError`` (exit 2)."""
+    return directory_of(RUN_ENV, DEFAULT_RUN_ROOT)
+
+
+def directory_of(variable: str, default: str) -> Path:
+    """What an environment variable names. Raises ``UserError`` (exit 2) for a relative path, which would be another
+    directory for every process: servers work in ``/``."""
+    path = Path(os.environ.get(variable) or default)
+    if not path.is_absolute():
+        raise unusable(variable, str(path), "absolute paths")
+    return path
 
 
 @dataclass(frozen=True)

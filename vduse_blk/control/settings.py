@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -10,7 +9,7 @@ from typing import Final
 from vduse_blk.block.errors import UserError
 from vduse_blk.control.errors import Exit
 from vduse_blk.control.messages import MAX_MESSAGE
-from vduse_blk.control.rundir import check_name
+from vduse_blk.control.rundir import check_name, directory_of
 
 SETTINGS_ENV: Final = "VDUSE_BLK_ETC"
 """Environment variable that moves ``/etc/vduse-blk`` elsewhere."""
@@ -31,8 +30,8 @@ def parse_settings(items: Iterable[str]) -> dict[str, str]:
 
 
 def settings_file(name: str) -> Path:
-    """Where an administrator may keep settings of a disk, for its server to read on SIGHUP."""
-    return Path(os.environ.get(SETTINGS_ENV) or DEFAULT_SETTINGS_ROOT, f"{check_name(name)}.settings")
+    """Where an administrator may keep settings of a disk, for its server to read on SIGHUP. Raises ``UserError``."""
+    return directory_of(SETTINGS_ENV, DEFAULT_SETTINGS_ROOT) / f"{check_name(name)}.settings"
 
 
 def read_settings(name: str) -> dict[str, str]:

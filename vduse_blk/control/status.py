@@ -9,6 +9,7 @@ from typing import Any, Final
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, NotServed
 from vduse_blk.control.notes import read_events, read_state
+from vduse_blk.control.process import is_dying
 from vduse_blk.control.rundir import disk_names, is_locked
 
 _SHOWN_EVENTS: Final = 10
@@ -19,7 +20,8 @@ class DiskStatus:
     """One disk as seen from outside.
 
     ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server
-    that lives and does not listen yet; 'dead': no server; 'silent': a server that lives and does not answer;
+    that lives and does not listen yet; 'dead': no server; 'dying': see ``is_dying``; 'silent': a server that lives and
+    does not answer;
     'unreadable': no access to its directory.
     ``info``: reply to ``info`` where there is a server to ask, else what ``state.json`` says.
     """
@@ -32,17 +34,25 @@ class DiskStatus:
 def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
     """Ask one disk's server. Raises ``ControlError`` only if there is no such disk, no access, or something in the
     way of its directory."""
+    if is_dying(name):  # it would not answer, and we would wait for that
+        return _unanswered(name, "dying")
     try:
         with Client(name, timeout) as client:
             info = client.call("info")
             return DiskStatus(name, str(info.get("phase", "serving")), info | _past(name))
     except NotServed:
-        return DiskStatus(name, "starting" if is_locked(name) else "dead", read_state(name) | _past(name))
+        return _unanswered(name, "starting" if is_locked(name) else "dead")
     except ControlError as e:
         if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED, Exit.BUSY):
             raise
         # The conversation ended in the middle: the server is leaving, has left, or hangs.
-        return DiskStatus(name, "silent" if is_locked(name) else "dead", read_state(name) | _past(name))
+        if is_dying(name):
+            return _unanswered(name, "dying")
+        return _unanswered(name, "silent" if is_locked(name) else "dead")
+
+
+def _unanswered(name: str, state: str) -> DiskStatus:
+    return DiskStatus(name, state, read_state(name) | _past(name))
 
 
 def _past(name: str) -> dict[str, Any]:

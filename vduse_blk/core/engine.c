@@ -405,10 +405,12 @@ static void serve_uring(struct vb_engine *engine)
 
 /* ---- life ---- */
 
-static bool is_in_memory(int fd)
+/* A block device never is, although its node lies in a file system that does. */
+static bool is_in_memory(const struct vb_target *target)
 {
     struct statfs fs;
-    return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+    return !target->is_block_device && fstatfs(target->fd, &fs) == 0 &&
+           (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
 static int open_epoll(struct vb_engine *engine)
@@ -448,13 +450,13 @@ static int choose_loop(struct vb_engine *engine)
         int error = open_uring(engine);
         if (error == 0) {
             engine->by_uring = true;
-            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
+            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target);
             return 0;
         }
         if (target->io_mode != VB_IO_AUTO)
             return error;
     }
-    if (target->kind == VB_TARGET_FILE && !is_in_memory(target->fd)) {
+    if (target->kind == VB_TARGET_FILE && !is_in_memory(target)) {
         int error = pool_open(&engine->pool, &engine->file, engine->queue);
         if (error < 0)
             return error;

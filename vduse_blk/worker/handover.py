@@ -9,6 +9,7 @@ file to the other. In order:
     new → old   serving    its requests are served
     old → new   yours      or its end: only now may anything be taken that could not be given back
     new → old   settled    it answers the control socket
+    old → new   (end)      systemd knows who is the main process; only now does the new one talk to it
     new → old   error      instead of any of these: the disk is the old one's again
 
 Until ``yours`` a new one that is not well is killed, and has ended before the old one goes on: two servers of one disk

@@ -12,7 +12,8 @@ A server that was replaced (``handover``) leaves its successor to us: whoever lo
 
 It holds nothing of the disk. A duplicate of the device's descriptor would keep the kernel from giving a message that the
 dead server had read and not answered to the next one; whoever needs the descriptor of a server that hangs takes it from
-there (``block.holders.take_from``). It ends when the disk's directory is gone or another server has it.
+there (``block.holders.take_from``). It ends when the disk's directory is gone or another server has it; in the first case
+its server may have hung in the kernel, and what that kept is removed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from typing import Final
 
 from vduse_blk.control import notes, rundir
@@ -61,11 +63,14 @@ class Monitor:
                 status = self._wait(pid)
             if status in (Exit.OK, Exit.LEFT):
                 return status
+            removed = not rundir.is_directory(name, directory)  # by somebody, perhaps long ago
+            if removed:
+                _sweep()
             if not served and not _has_served(name, pid):
                 return status if status >= 0 else 128 - status
             served = True
-            if not rundir.is_directory(name, directory) or rundir.is_locked(name):
-                return Exit.OK  # somebody has removed the disk, or serves it
+            if removed or rundir.is_locked(name):
+                return Exit.OK  # or somebody serves it
             notes.add_event(name, event="ended", pid=pid, **({"signal": -status} if status < 0 else {"status": status}))
             in_a_row = 1 if time.monotonic() - began > _LASTING else in_a_row + 1
             if in_a_row >= _LIMIT:
@@ -115,6 +120,15 @@ class Monitor:
     def _pause(seconds: float) -> bool:
         """False: we are to end."""
         return signal.sigtimedwait(_ENDING, seconds) is None
+
+
+def _sweep() -> None:
+    """A server that hung in the kernel while its disk was removed has kept its device; it has ended, and only we know."""
+    try:
+        if import_module("vduse_blk.exporters.vduse.names").remnants():
+            import_module("vduse_blk.exporters.vduse.cleanup").sweep()
+    except (ImportError, OSError) as error:  # the program was replaced or removed meanwhile: whoever comes next does it
+        print(f"remnants were not removed: {error}", file=sys.stderr)
 
 
 def _successor(name: str, pid: int) -> int | None:

@@ -19,9 +19,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from vduse_blk import registry
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.options import place_of
 from vduse_blk.control import notes
 from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.control.messages import MAX_MESSAGE
@@ -54,7 +52,7 @@ class Remains:
         except (OSError, ValueError, RecursionError) as error:
             log.error("disk '%s': what %s says is lost: %s", name, self._path, error)
             return
-        if found is not None and _storage(str(found.get("source"))) == _storage(source):
+        if found is not None and _is_same_storage(str(found.get("source")), source):
             self.was_served = True
             self.settings = settings_of(found.get("settings"))
 
@@ -127,11 +125,9 @@ def _read(path: Path) -> dict[str, object] | None:
     return found
 
 
-def _storage(source: str) -> tuple[str, object] | None:
-    """What a source names, however it is written."""
+def _is_same_storage(one: str, other: str) -> bool:
+    """However they are written."""
     try:
-        spec = parse_source(source)
-        place = place_of(registry.backend(spec.backend).Options)
+        return parse_source(one).is_same_storage(parse_source(other))
     except UserError:
-        return None
-    return spec.backend, spec.options.get(place or "")
+        return False

@@ -245,8 +245,9 @@ class Worker:
         found = record.read(name)
         if found is None:
             raise self._not_taken_over("what it is was not recorded, or the record is lost")
-        if found.spec.source != disk.spec.source:
-            raise self._not_taken_over(f"source: it has {found.spec.source!r}, not {disk.spec.source!r}")
+        difference = found.difference_of_source(disk.spec)
+        if difference is not None:
+            raise self._not_taken_over(difference)
         disk.was_open = True
         return found
 
@@ -308,6 +309,9 @@ class Worker:
             difference = disk.predecessor.difference(found)
             if difference is not None:
                 raise self._not_taken_over(difference)
+            if found.made_with is None and disk.predecessor.made_with is not None:  # the next one may say it again
+                disk.spec = replace(disk.spec, size=disk.predecessor.made_with)
+                found = replace(found, spec=disk.spec)
         record.write(found)
         disk.record = found
 

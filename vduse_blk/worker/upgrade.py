@@ -106,6 +106,7 @@ async def give(disk: Disk, command: object, patience: object) -> dict[str, Any]:
         except ControlError as error:
             log.error("%s", error)
             unsettled = error
+        new.line.close()
         for export in disk.exports:
             await export.exporter.release()
         disk.exports.clear()
@@ -197,13 +198,24 @@ async def take(disk: Disk, wanted: list[ExportSpec], answer: Handler, catch_sign
             disk.note_state()
             with contextlib.suppress(OSError):
                 line.send(message)
-            line.close()
-            notify_systemd(f"READY=1\nSTATUS=serving {disk.places()}")
+            _tell_systemd_after(line, disk.places())
         except BaseException:
             log.exception("disk '%s': after it was taken over", disk.name)
             logging.shutdown()
             os._exit(Exit.FAILED)  # as a crash: the disk waits for the next server
     return listening
+
+
+def _tell_systemd_after(line: Line, places: str) -> None:
+    """When the old server is through: systemd listens to the main process only, and to who is it now first."""
+    loop = asyncio.get_running_loop()
+
+    def tell() -> None:
+        loop.remove_reader(line.fileno())
+        line.close()
+        notify_systemd(f"READY=1\nSTATUS=serving {places}")
+
+    loop.add_reader(line.fileno(), tell)
 
 
 async def _succeed(disk: Disk, wanted: list[ExportSpec], line: Line, catch_signals: Callable[[], None]) -> None:
