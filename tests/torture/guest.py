@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ JOBS, JOB_BYTES = 4, 8 * MIB
 _PATIENCE = 120.0
 """Seconds for anything that is not held up for ever. An emulated machine is slow."""
 _LOG = struct.Struct("<8sIII")
+_QUEUE = struct.Struct("<QHHHH")
+_ENTRY = struct.Struct("<?7xQ")
 _TROUBLE = re.compile(r"I/O error|EXT4-fs (error|warning)|lost async page write|is not a head|blocked for more than")
 
 ROUND_SECONDS = 20
@@ -83,6 +86,36 @@ def kill(pid: int) -> None:
     wait(lambda: not is_alive(pid), f"process {pid} is dead")
 
 
+@dataclass
+class InFlight:
+    """What the log of a server says, dead or alive: requests popped and not answered, each queue's used index, and whether
+    requests have overtaken each other: popped after one that is in flight, and answered."""
+
+    popped: int = 0
+    gap: bool = False
+    used: list[int] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, content: bytes, used_before: list[int]) -> InFlight:
+        """``used_before``: when this server began. One that has answered nothing may have been left numbers of an older
+        count, which tell nothing."""
+        found = cls()
+        _, _, queues, entries = _LOG.unpack_from(content)
+        step = (_QUEUE.size + _ENTRY.size * entries + 63) // 64 * 64
+        for queue in range(queues):
+            at = 64 + queue * step
+            _, _, _, last_answered, used = _QUEUE.unpack_from(content, at)
+            logged = list(_ENTRY.iter_unpack(content[at + _QUEUE.size : at + _QUEUE.size + _ENTRY.size * entries]))
+            numbers = [number for is_in_flight, number in logged if is_in_flight]
+            found.popped += len(numbers)
+            found.used.append(used)
+            if numbers:
+                is_answered, last = not logged[last_answered][0], logged[last_answered][1]
+                has_answered = is_answered and used != (used_before[queue] if used_before else 0)
+                found.gap |= max(numbers) - min(numbers) >= len(numbers) or (has_answered and last > min(numbers))
+        return found
+
+
 class Ours:
     """Our servers of one disk, one after the other."""
 
@@ -93,6 +126,8 @@ class Ours:
         self._source = f"file:{path}?direct=1"  # through the page cache nothing would be slow
         self._turn = 0
         self._by = ""
+        self._used: list[int] = []
+        """The used indices when the last server died."""
         self._starter: subprocess.Popen[bytes] | None = None
         self.device = cli("attach", self._source, "--name", name, "--restart", "on-failure").stdout.strip()
 
@@ -109,29 +144,32 @@ class Ours:
         state = self._state()  # once: two looks would take the phase of one server and the process of the next
         return state.get("phase") == "serving" and is_alive(int(state.get("pid", 0)))
 
-    def kill(self, *, again_after: float | None) -> int:
-        """Kill the server, see to the next one. ``again_after``: kill that one, too, so many seconds after its start, and go
-        on to the one after it. Returns how many were killed."""
+    def kill(self, *, aimed: bool, again_after: float | None) -> int:
+        """Kill the server, see to the next one. ``aimed``: not before its log shows that requests have overtaken each other.
+        ``again_after``: kill the next one, too, so many seconds after its start, and go on to the one after it. Returns how
+        many were killed."""
         dead, killed = self._pid(), 1
         monitor = int(self._state().get("monitor", 0))
         self._by = self.NEXT[self._turn % len(self.NEXT)]
         self._turn += 1
         if self._by != "monitor" and monitor:
             kill(monitor)  # first, or it would start one
-        kill(dead)
-        popped = self._popped()
+        if aimed:
+            wait(lambda: self._in_flight().gap, f"requests of disk {self.name} overtake each other")
+        popped = self._kill(dead)
+        self._counts["deaths aimed at a gap"] += aimed
         if self._by != "monitor":
             self._start(self._by)
         wait(lambda: self._is_tended() and self._pid() != dead, f"a server after {dead}")
         if again_after is not None:
             time.sleep(again_after)
-            kill(self._pid())
+            popped = self._kill(self._pid())
             killed = 2
         wait(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
         event = [event for event in control.read_events(self.name) if event["event"] == "taken over"][-1]
         if event["pid"] != self._pid():
             raise Wrong(f"{self.name}: the trace has no word of the server {self._pid()}, but {event}")
-        if killed == 1 and event["replayed"] > popped:
+        if event["replayed"] > popped:
             raise Wrong(f"the log had {popped} requests in flight, {event['replayed']} were replayed")
         self._counts[f"by {self._by}"] += 1
         self._counts["replays"] += event["replayed"]
@@ -161,24 +199,17 @@ class Ours:
         if self._starter is not None:
             self._starter.wait(_PATIENCE)
 
-    def _popped(self) -> int:
-        """Requests that the dead server had popped, as its log has them; it may count some that were answered just then."""
-        content = (RUN / self.name / "inflight").read_bytes()
-        _, _, queues, entries = _LOG.unpack_from(content)
-        step = (16 + 16 * entries + 63) // 64 * 64
-        found, gap = 0, False
-        for queue in range(queues):
-            base = 64 + queue * step + 16
-            numbers = [
-                struct.unpack_from("<Q", content, base + 16 * head + 8)[0]
-                for head in range(entries)
-                if content[base + 16 * head]
-            ]
-            found += len(numbers)
-            gap |= bool(numbers) and max(numbers) - min(numbers) >= len(numbers)
-        self._counts["deaths with requests in flight"] += found > 0
-        self._counts["deaths with a gap"] += gap
-        return found
+    def _kill(self, pid: int) -> int:
+        """Returns how many requests the dead server had popped, as its log has them; some it may have answered just then."""
+        kill(pid)
+        found = self._in_flight()
+        self._used = found.used
+        self._counts["deaths with requests in flight"] += found.popped > 0
+        self._counts["deaths with a gap"] += found.gap
+        return found.popped
+
+    def _in_flight(self) -> InFlight:
+        return InFlight.read((RUN / self.name / "inflight").read_bytes(), self._used)
 
     def log(self) -> str:
         logs = (Path(f"/tmp/{self.name}.log"), RUN / self.name / "log")
@@ -214,7 +245,8 @@ class Qsd:
         with open(f"/tmp/{self.name}.log", "ab") as log:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def kill(self, *, again_after: float | None) -> int:
+    def kill(self, *, aimed: bool, again_after: float | None) -> int:
+        """``aimed`` is for those whose log we know."""
         self._process.kill()
         self._process.wait(_PATIENCE)
         killed = 1
@@ -297,18 +329,22 @@ class Progress:
 
 def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, counts: Counter[str], done: Progress) -> None:
     """Load one disk and kill its servers. Raises Wrong."""
-    load = Load(disk.name, where, chance, counts)
+    load, aimed = Load(disk.name, where, chance, counts), False
     try:
         while counts["kills"] < kills:
             time.sleep(chance.random())
             load.look(again=True)
-            killed = disk.kill(again_after=chance.random() if chance.random() < 0.2 else None)
+            aimed = not aimed
+            killed = disk.kill(aimed=aimed, again_after=chance.random() if chance.random() < 0.2 else None)
             counts["kills"] += killed
             done.add(killed)
             load.look(again=True)
         wait(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         raise Wrong(f"{disk.name}: {type(error).__name__}: {error}") from error
+    except Wrong as wrong:
+        print(f"torture: {disk.name}, after {counts['kills']} kills: {wrong}", flush=True)
+        raise
     finally:
         load.end()
 
