@@ -114,6 +114,30 @@ def test_a_request_that_waits_holds_up_no_other(frozen: FrozenFileSystem) -> Non
         disk.close()
 
 
+@pytest.mark.parametrize("kind", ["native-block", "native-block-direct-sync"])
+def test_a_block_device_is_given_all_requests_at_once(frozen: FrozenFileSystem, kind: str) -> None:
+    """None waits until the one before it has been answered, as it would if the queue itself waited for the device: with
+    io_uring and without."""
+    disk = Disk(BY_NAME[kind])
+    try:
+        frozen.freeze()
+        for i in range(4):
+            disk.driver.request(OUT, 8 * i, out=bytes([1 + i]) * 4096)
+        disk.driver.kick()
+        deadline = time.monotonic() + 20
+        while (begun := disk.counters()["inflight"]) != 4:
+            assert time.monotonic() < deadline, f"{begun} of 4 have begun"
+        assert disk.driver.poll_used() == []
+        frozen.thaw()
+        disk.queue.stop()
+        assert len(disk.driver.poll_used()) == 4
+        for i in range(4):
+            assert disk.content(4096 * i, 4096) == bytes([1 + i]) * 4096
+    finally:
+        frozen.thaw()
+        disk.close()
+
+
 def test_what_the_page_cache_holds_needs_no_thread() -> None:
     """Reads of cached data are answered by the queue itself; direct ones are not, and its threads end with the queue."""
     disk = Disk(BY_NAME["native-file-sync"])

@@ -377,10 +377,11 @@ static void serve_uring(struct vb_engine *engine)
 
 /* ---- life ---- */
 
-static bool is_in_memory(int fd)
+/* Of a block device only the node lies in memory, as all of /dev does. */
+static bool is_in_memory(const struct target_file *file)
 {
     struct statfs fs;
-    return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+    return !file->is_block_device && fstatfs(file->fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 }
 
 static int open_epoll(struct vb_engine *engine)
@@ -420,13 +421,13 @@ static int choose_loop(struct vb_engine *engine)
         int error = open_uring(engine);
         if (error == 0) {
             engine->by_uring = true;
-            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target->fd);
+            engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(&engine->file);
             return 0;
         }
         if (target->io_mode != VB_IO_AUTO)
             return error;
     }
-    if (target->kind == VB_TARGET_FILE && !is_in_memory(target->fd)) {
+    if (target->kind == VB_TARGET_FILE && !is_in_memory(&engine->file)) {
         int error = pool_open(&engine->pool, &engine->file, engine->queue);
         if (error < 0)
             return error;
