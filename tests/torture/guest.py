@@ -1,6 +1,6 @@
 """The torture on a real kernel, as root: two disks under fio with verification, their servers killed all the time.
 
-    python -m tests.torture.guest --kills N [--seed N] [--server ours|qsd]
+    python -m tests.torture.guest --kills N [--seed N] [--server ours|qsd|forgetful]
 
 One disk is used raw, the other has a file system on it. Rounds of fio (four jobs of depth 16; reads, verified writes, trims
 and flushes of 512 bytes to 128 KiB) follow each other until enough servers have died by SIGKILL. Every other one dies at a
@@ -12,7 +12,8 @@ trace, and what it replayed no more than what the log of its predecessor had in 
 Every other stretch of the storage is slow, so that there is always something in flight, and requests overtake each other. A
 death "with a gap" found some that later ones had overtaken; what that means is in tests/torture/native.py.
 
-With ``qsd`` the servers are qemu-storage-daemon's, started again with the same words; it keeps its own log.
+With ``qsd`` the servers are qemu-storage-daemon's, started again with the same words; it keeps its own log. ``forgetful``:
+ours, without the log; must fail.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SIZE = 96 * MIB
 JOBS, JOB_BYTES = 4, 8 * MIB
 _PATIENCE = 120.0
 """Seconds for anything that is not held up for ever. An emulated machine is slow."""
-_LOG = struct.Struct("<8sIII")
+_LOG, _LOG_HEADER = struct.Struct("<8sIII"), 64
 _QUEUE = struct.Struct("<QHHHH")
 _ENTRY = struct.Struct("<?7xQ")
 _TROUBLE = re.compile(r"I/O error|EXT4-fs (error|warning)|lost async page write|is not a head|blocked for more than")
@@ -82,6 +83,8 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(pid: int) -> None:
+    if pid <= 0:
+        raise Wrong("nobody knows which process the server is")  # 0 would be all of ours
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait(lambda: not is_alive(pid), f"process {pid} is dead")
@@ -104,7 +107,7 @@ class InFlight:
         _, _, queues, entries = _LOG.unpack_from(content)
         step = (_QUEUE.size + _ENTRY.size * entries + 63) // 64 * 64
         for queue in range(queues):
-            at = 64 + queue * step
+            at = _LOG_HEADER + queue * step
             _, _, _, last_answered, used = _QUEUE.unpack_from(content, at)
             logged = list(_ENTRY.iter_unpack(content[at + _QUEUE.size : at + _QUEUE.size + _ENTRY.size * entries]))
             numbers = [number for is_in_flight, number in logged if is_in_flight]
@@ -226,6 +229,18 @@ class Ours:
         cli("detach", self.name, "--force", check=False)
 
 
+class Forgetful(Ours):
+    """Ours, with the log emptied at each death: the next one resumes from used.idx alone."""
+
+    def _kill(self, pid: int) -> int:
+        popped = super()._kill(pid)
+        with (RUN / self.name / "inflight").open("r+b") as log:
+            size = os.fstat(log.fileno()).st_size
+            os.pwrite(log.fileno(), bytes(size - _LOG_HEADER), _LOG_HEADER)
+        self._used = []
+        return popped
+
+
 class Qsd:
     """qemu-storage-daemon's."""
 
@@ -318,10 +333,10 @@ class Progress:
     """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something is wrong, with either
     disk."""
 
-    is_over = False
-
     def __init__(self, kills: int) -> None:
         self._kills, self._done, self._told, self._lock = kills, 0, time.monotonic(), threading.Lock()
+        self._log_begin = len(run("dmesg").stdout)
+        self.is_over = False
 
     def add(self, kills: int) -> None:
         with self._lock:
@@ -329,6 +344,12 @@ class Progress:
             if time.monotonic() - self._told > 15:
                 self._told = time.monotonic()
                 print(f"torture: {self._done} of {self._kills} kills", flush=True)
+
+    def check_kernel(self) -> None:
+        """Raises Wrong with what it has complained of since we began."""
+        for line in run("dmesg").stdout[self._log_begin :].splitlines():
+            if _TROUBLE.search(line):
+                raise Wrong(f"the kernel says: {line}")
 
 
 def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, counts: Counter[str], done: Progress) -> None:
@@ -342,6 +363,7 @@ def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, co
             aimed = not aimed
             counts["kills"] += killed
             done.add(killed)
+            done.check_kernel()
             load.look(again=True)
         wait(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
@@ -356,6 +378,7 @@ def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, co
 
 def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter[str]) -> None:
     """Both disks at once. Raises Wrong."""
+    progress = Progress(kills)
     chances = [random.Random(seed), random.Random(seed + 1)]
     counters: list[Counter[str]] = [Counter(), Counter()]
     with (
@@ -365,7 +388,6 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
         mount = Path(folder, "mount")
         mount.mkdir()
         disks: list[Ours | Qsd] = []
-        progress = Progress(kills)
         try:
             for name, chance, mine in zip(("raw", "fs"), chances, counters, strict=True):
                 place = storage.enter_context(uneven(image(Path(folder, f"{name}.img"), SIZE), f"torture-{name}"))
@@ -389,6 +411,7 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
                 raise Wrong(f"the file system is damaged: {checked.stdout}")
             for disk in disks:
                 disk.remove()
+            progress.check_kernel()
         except BaseException as error:
             for disk in disks:
                 with contextlib.suppress(OSError):
@@ -401,23 +424,22 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
             raise
 
 
+_SERVERS: dict[str, type[Ours] | type[Qsd]] = {"ours": Ours, "qsd": Qsd, "forgetful": Forgetful}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--server", choices=("ours", "qsd"), default="ours")
+    parser.add_argument("--server", choices=_SERVERS, default="ours")
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     print(f"torture: {arguments.server} over VDUSE, KILLS={arguments.kills} SEED={seed}", flush=True)
     counts: Counter[str] = Counter()
-    began, before = time.monotonic(), len(run("dmesg").stdout)
-    failure = None
+    began, failure = time.monotonic(), None
     try:
-        torture(arguments.kills, seed, Ours if arguments.server == "ours" else Qsd, counts)
-        trouble = [line for line in run("dmesg").stdout[before:].splitlines() if _TROUBLE.search(line)]
-        if trouble:
-            failure = f"the kernel says: {trouble[0]}"
-        elif arguments.server == "ours" and not counts["take-overs with replays"]:
+        torture(arguments.kills, seed, _SERVERS[arguments.server], counts)
+        if arguments.server == "ours" and not counts["take-overs with replays"]:
             failure = "no death found requests in flight: nothing is proven"
         elif arguments.server == "ours" and not counts["deaths with a gap"]:
             failure = "no death found requests that had overtaken each other: nothing is proven"
