@@ -289,3 +289,29 @@ def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path)
     finally:
         stuck.remove()
     assert_nothing_left()
+
+
+def test_a_successor_waits_for_io_that_no_thread_waits_for(tmp_path: Path) -> None:
+    """What io_uring has under way on a device outlives the killed server without a trace among the processes: the successor
+    starts when it has landed."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "native"]
+    try:
+        device = run(*words).stdout.strip()
+        (first,) = servers()
+        stuck.stop()
+        write = ["dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none"]
+        with subprocess.Popen(write) as dd:
+            wait_until(lambda: info("k")["counters"]["inflight"] > 0, "the server has begun")
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: first not in servers(), "the server has ended")
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
+                wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
+                stuck.go_on()
+                said, _ = attach.communicate(timeout=120)
+            assert (attach.returncode, said.strip()) == (0, device)
+            assert dd.wait(60) == 0
+        cli("detach", "k")
+    finally:
+        stuck.remove()
+    assert_nothing_left()

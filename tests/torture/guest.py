@@ -1,17 +1,19 @@
 """The torture on a real kernel, as root: two disks under fio with verification, their servers killed all the time.
 
-    python -m tests.torture.guest --kills N [--seed N] [--server ours|qsd]
+    python -m tests.torture.guest --kills N [--seed N] [--server ours|qsd|forgetful]
 
 One disk is used raw, the other has a file system on it. Rounds of fio (four jobs of depth 16; reads, verified writes, trims
-and flushes of 512 bytes to 128 KiB) follow each other until enough servers have died by SIGKILL, at random instants; some of
-them while they were taking over. Who comes next turns: the monitor's server twice, then ``serve``, then ``attach``, then
-``attach`` with a new monitor. At the end: no error of fio's, none in the kernel's log, a clean file system, every take-over
-in the trace, and what it replayed no more than what the log of its predecessor had in flight.
+and flushes of 512 bytes to 128 KiB) follow each other until enough servers have died by SIGKILL. Every other one dies at a
+random instant; those between, as soon as requests have overtaken each other; and a fifth of the successors within a second,
+mostly before they serve. Who comes next turns: the monitor's server twice, then ``serve``, then ``attach``, then ``attach``
+with a new monitor. At the end: no error of fio's, none in the kernel's log, a clean file system, every take-over in the
+trace, and what it replayed no more than what the log of its predecessor had in flight.
 
 Every other stretch of the storage is slow, so that there is always something in flight, and requests overtake each other. A
 death "with a gap" found some that later ones had overtaken; what that means is in tests/torture/native.py.
 
-With ``qsd`` the servers are qemu-storage-daemon's, started again with the same words; it keeps its own log.
+With ``qsd`` the servers are qemu-storage-daemon's, started again with the same words; it keeps its own log. ``forgetful``:
+ours, without the log; must fail.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,9 @@ SIZE = 96 * MIB
 JOBS, JOB_BYTES = 4, 8 * MIB
 _PATIENCE = 120.0
 """Seconds for anything that is not held up for ever. An emulated machine is slow."""
-_LOG = struct.Struct("<8sIII")
+_LOG, _LOG_HEADER = struct.Struct("<8sIII"), 64
+_QUEUE = struct.Struct("<QHHHH")
+_ENTRY = struct.Struct("<?7xQ")
 _TROUBLE = re.compile(r"I/O error|EXT4-fs (error|warning)|lost async page write|is not a head|blocked for more than")
 
 ROUND_SECONDS = 20
@@ -69,9 +74,41 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(pid: int) -> None:
+    if pid <= 0:
+        raise Wrong("nobody knows which process the server is")  # 0 would be all of ours
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(pid), f"process {pid} is dead")
+
+
+@dataclass
+class InFlight:
+    """What the log of a server says, dead or alive: requests popped and not answered, each queue's used index, and whether
+    requests have overtaken each other: popped after one that is in flight, and answered."""
+
+    popped: int = 0
+    gap: bool = False
+    used: list[int] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, content: bytes, used_before: list[int]) -> InFlight:
+        """``used_before``: when this server began. One that has answered nothing may have been left numbers of an older
+        count, which tell nothing."""
+        found = cls()
+        _, _, queues, entries = _LOG.unpack_from(content)
+        step = (_QUEUE.size + _ENTRY.size * entries + 63) // 64 * 64
+        for queue in range(queues):
+            at = _LOG_HEADER + queue * step
+            _, _, _, last_answered, used = _QUEUE.unpack_from(content, at)
+            logged = list(_ENTRY.iter_unpack(content[at + _QUEUE.size : at + _QUEUE.size + _ENTRY.size * entries]))
+            numbers = [number for is_in_flight, number in logged if is_in_flight]
+            found.popped += len(numbers)
+            found.used.append(used)
+            if numbers:
+                is_answered, last = not logged[last_answered][0], logged[last_answered][1]
+                has_answered = is_answered and used != (used_before[queue] if used_before else 0)
+                found.gap |= max(numbers) - min(numbers) >= len(numbers) or (has_answered and last > min(numbers))
+        return found
 
 
 class Ours:
@@ -84,6 +121,8 @@ class Ours:
         self._source = f"file:{path}?direct=1"  # through the page cache nothing would be slow
         self._turn = 0
         self._by = ""
+        self._used: list[int] = []
+        """The used indices when the last server died."""
         self._starter: subprocess.Popen[bytes] | None = None
         self.device = cli("attach", self._source, "--name", name, "--restart", "on-failure").stdout.strip()
 
@@ -100,29 +139,32 @@ class Ours:
         state = self._state()  # once: two looks would take the phase of one server and the process of the next
         return state.get("phase") == "serving" and is_alive(int(state.get("pid", 0)))
 
-    def kill(self, *, again_after: float | None) -> int:
-        """Kill the server, see to the next one. ``again_after``: kill that one, too, so many seconds after its start, and go
-        on to the one after it. Returns how many were killed."""
+    def kill(self, load: Load, *, aimed: bool, again_after: float | None) -> int:
+        """Kill the server, see to the next one. ``aimed``: not before its log shows that requests of ``load`` have overtaken
+        each other. ``again_after``: kill the next one, too, so many seconds after its start, and go on to the one after it.
+        Returns how many were killed."""
         dead, killed = self._pid(), 1
         monitor = int(self._state().get("monitor", 0))
         self._by = self.NEXT[self._turn % len(self.NEXT)]
         self._turn += 1
         if self._by != "monitor" and monitor:
             kill(monitor)  # first, or it would start one
-        kill(dead)
-        popped = self._popped()
+        if aimed:
+            wait_until(lambda: load.look(again=True) and self._in_flight().gap, f"{self.name}: requests overtake each other")
+        popped = self._kill(dead)
+        self._counts["deaths aimed at a gap"] += aimed
         if self._by != "monitor":
             self._start(self._by)
         wait_until(lambda: self._is_tended() and self._pid() != dead, f"a server after {dead}")
         if again_after is not None:
             time.sleep(again_after)
-            kill(self._pid())
+            popped = self._kill(self._pid())
             killed = 2
         wait_until(lambda: self._is_tended() and self._is_served(), f"disk {self.name} is taken over")
         event = [event for event in notes.read_events(self.name) if event["event"] == "taken over"][-1]
         if event["pid"] != self._pid():
             raise Wrong(f"{self.name}: the trace has no word of the server {self._pid()}, but {event}")
-        if killed == 1 and event["replayed"] > popped:
+        if event["replayed"] > popped:
             raise Wrong(f"the log had {popped} requests in flight, {event['replayed']} were replayed")
         self._counts[f"by {self._by}"] += 1
         self._counts["replays"] += event["replayed"]
@@ -152,24 +194,17 @@ class Ours:
         if self._starter is not None:
             self._starter.wait(_PATIENCE)
 
-    def _popped(self) -> int:
-        """Requests that the dead server had popped, as its log has them; it may count some that were answered just then."""
-        content = (RUN / self.name / "inflight").read_bytes()
-        _, _, queues, entries = _LOG.unpack_from(content)
-        step = (16 + 16 * entries + 63) // 64 * 64
-        found, gap = 0, False
-        for queue in range(queues):
-            base = 64 + queue * step + 16
-            numbers = [
-                struct.unpack_from("<Q", content, base + 16 * head + 8)[0]
-                for head in range(entries)
-                if content[base + 16 * head]
-            ]
-            found += len(numbers)
-            gap |= bool(numbers) and max(numbers) - min(numbers) >= len(numbers)
-        self._counts["deaths with requests in flight"] += found > 0
-        self._counts["deaths with a gap"] += gap
-        return found
+    def _kill(self, pid: int) -> int:
+        """Returns how many requests the dead server had popped, as its log has them; some it may have answered just then."""
+        kill(pid)
+        found = self._in_flight()
+        self._used = found.used
+        self._counts["deaths with requests in flight"] += found.popped > 0
+        self._counts["deaths with a gap"] += found.gap
+        return found.popped
+
+    def _in_flight(self) -> InFlight:
+        return InFlight.read((RUN / self.name / "inflight").read_bytes(), self._used)
 
     def log(self) -> str:
         logs = (Path(f"/tmp/{self.name}.log"), RUN / self.name / "log")
@@ -183,6 +218,18 @@ class Ours:
 
     def give_up(self) -> None:
         cli("detach", self.name, "--force", check=False)
+
+
+class Forgetful(Ours):
+    """Ours, with the log emptied at each death: the next one resumes from used.idx alone."""
+
+    def _kill(self, pid: int) -> int:
+        popped = super()._kill(pid)
+        with (RUN / self.name / "inflight").open("r+b") as log:
+            size = os.fstat(log.fileno()).st_size
+            os.pwrite(log.fileno(), bytes(size - _LOG_HEADER), _LOG_HEADER)
+        self._used = []
+        return popped
 
 
 class Qsd:
@@ -205,7 +252,8 @@ class Qsd:
         with open(f"/tmp/{self.name}.log", "ab") as log:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def kill(self, *, again_after: float | None) -> int:
+    def kill(self, _load: Load, *, aimed: bool, again_after: float | None) -> int:
+        """Its log is its own; nothing is aimed."""
         self._process.kill()
         self._process.wait(_PATIENCE)
         killed = 1
@@ -273,10 +321,13 @@ class Load:
 
 
 class Progress:
-    """How many servers have died, of how many; a line now and then. Any thread."""
+    """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something is wrong, with either
+    disk."""
 
     def __init__(self, kills: int) -> None:
         self._kills, self._done, self._told, self._lock = kills, 0, time.monotonic(), threading.Lock()
+        self._log_begin = len(run("dmesg").stdout)
+        self.is_over = False
 
     def add(self, kills: int) -> None:
         with self._lock:
@@ -285,27 +336,40 @@ class Progress:
                 self._told = time.monotonic()
                 print(f"torture: {self._done} of {self._kills} kills", flush=True)
 
+    def check_kernel(self) -> None:
+        """Raises Wrong with what it has complained of since we began."""
+        for line in run("dmesg").stdout[self._log_begin :].splitlines():
+            if _TROUBLE.search(line):
+                raise Wrong(f"the kernel says: {line}")
+
 
 def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, counts: Counter[str], done: Progress) -> None:
     """Load one disk and kill its servers. Raises Wrong."""
-    load = Load(disk.name, where, chance, counts)
+    load, aimed = Load(disk.name, where, chance, counts), False
     try:
-        while counts["kills"] < kills:
+        while counts["kills"] < kills and not done.is_over:
             time.sleep(chance.random())
             load.look(again=True)
-            killed = disk.kill(again_after=chance.random() if chance.random() < 0.2 else None)
+            killed = disk.kill(load, aimed=aimed, again_after=chance.random() if chance.random() < 0.2 else None)
+            aimed = not aimed
             counts["kills"] += killed
             done.add(killed)
+            done.check_kernel()
             load.look(again=True)
         wait_until(lambda: not load.look(again=False), "the last round ends", 5 * _PATIENCE)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         raise Wrong(f"{disk.name}: {type(error).__name__}: {error}") from error
+    except Wrong as wrong:
+        print(f"torture: {disk.name}, after {counts['kills']} kills: {wrong}", flush=True)
+        done.is_over = True
+        raise
     finally:
         load.end()
 
 
 def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter[str]) -> None:
     """Both disks at once. Raises Wrong."""
+    progress = Progress(kills)
     chances = [random.Random(seed), random.Random(seed + 1)]
     counters: list[Counter[str]] = [Counter(), Counter()]
     with (
@@ -315,7 +379,6 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
         mount = Path(folder, "mount")
         mount.mkdir()
         disks: list[Ours | Qsd] = []
-        progress = Progress(kills)
         try:
             for name, chance, mine in zip(("raw", "fs"), chances, counters, strict=True):
                 place = storage.enter_context(uneven(image(Path(folder, f"{name}.img"), SIZE), f"torture-{name}"))
@@ -339,6 +402,7 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
                 raise Wrong(f"the file system is damaged: {checked.stdout}")
             for disk in disks:
                 disk.remove()
+            progress.check_kernel()
         except BaseException as error:
             for disk in disks:
                 with contextlib.suppress(OSError):
@@ -351,25 +415,24 @@ def torture(kills: int, seed: int, kind: type[Ours] | type[Qsd], counts: Counter
             raise
 
 
+_SERVERS: dict[str, type[Ours] | type[Qsd]] = {"ours": Ours, "qsd": Qsd, "forgetful": Forgetful}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--server", choices=("ours", "qsd"), default="ours")
+    parser.add_argument("--server", choices=_SERVERS, default="ours")
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     print(f"torture: {arguments.server} over VDUSE, KILLS={arguments.kills} SEED={seed}", flush=True)
     counts: Counter[str] = Counter()
-    began, before = time.monotonic(), len(run("dmesg").stdout)
-    failure = None
+    began, failure = time.monotonic(), None
     try:
-        torture(arguments.kills, seed, Ours if arguments.server == "ours" else Qsd, counts)
-        trouble = [line for line in run("dmesg").stdout[before:].splitlines() if _TROUBLE.search(line)]
-        if trouble:
-            failure = f"the kernel says: {trouble[0]}"
-        elif arguments.server == "ours" and not counts["take-overs with replays"]:
+        torture(arguments.kills, seed, _SERVERS[arguments.server], counts)
+        if arguments.server == "ours" and not counts["take-overs with replays"]:
             failure = "no death found requests in flight: nothing is proven"
-        elif arguments.server == "ours" and arguments.kills >= 20 and not counts["deaths with a gap"]:
+        elif arguments.server == "ours" and not counts["deaths with a gap"]:
             failure = "no death found requests that had overtaken each other: nothing is proven"
     except Wrong as wrong:
         failure = str(wrong)
