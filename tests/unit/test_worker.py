@@ -248,7 +248,6 @@ class TestSignals:
         assert "on-error: 'sometimes' is not usable; accepted are fail, wait, retry=DURATION" in server.log
         assert list(run_dir.iterdir()) == []
 
-
     def test_a_relative_settings_directory_is_why_there_is_no_disk(self, start: Start, run_dir: Path) -> None:
         server = start(VDUSE_BLK_ETC="etc")
         assert server.process.wait(30) == Exit.USAGE
@@ -674,7 +673,6 @@ class TestMonitor:
         assert monitor.process.wait(30) == 0
         rundir.remove_directory("d", locked_fd=lock)
         os.close(lock)
-
 
     def test_a_disk_that_is_removed_while_its_server_starts_stays_removed(self, start: Start, run_dir: Path) -> None:
         """Between the monitor's last look and the new server's lock: the directory is not made again."""
