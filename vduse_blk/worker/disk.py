@@ -17,7 +17,7 @@ from vduse_blk.block.stack import Stack
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.control.spec import MAX_SERIAL, WorkerSpec
-from vduse_blk.exporter import Endpoint, Exporter, ExportOptions
+from vduse_blk.exporter import Endpoint, Exporter, ExportOptions, add_counters
 from vduse_blk.exports import ExportSpec, parse_exports
 from vduse_blk.record import DiskRecord
 from vduse_blk.source import open_source, parse_source
@@ -248,6 +248,5 @@ class Disk:
         exports = [{"export": export.text, **export.exporter.status()} for export in self.exports]
         totals: dict[str, int] = {}
         for queue in (queue for export in exports for queue in export["queues"]):
-            for key, value in queue["counters"].items():
-                totals[key] = totals.get(key, 0) + value
+            add_counters(totals, queue["counters"])
         return facts | exports[0] | {"counters": totals} | ({"exports": exports} if len(exports) > 1 else {})
