@@ -113,6 +113,11 @@ class Exporter(ABC):
         """Answer everything that such a disk has in flight with errors, and remove it. Raises UserError."""
         raise NotImplementedError(f"{cls.__name__} leaves nothing")
 
+    @classmethod  # noqa: B027 - most leave nothing
+    def sweep(cls) -> None:
+        """Remove what servers kept that hung in the kernel while their disks were removed, and that have ended since. Raises
+        OSError."""
+
     async def leave(self) -> None:
         """End with nothing in flight, and leave the disk for the next server, which its users wait for."""
         await self.stop()

@@ -73,7 +73,7 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
     known = names.device_of(name)
     if known is None:
         kernel.remove_link(name)
-        sweep()
+        kernel.sweep()
         return False
     if not force:
         check_unused(known)
@@ -107,13 +107,6 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
         names.sweep(control)
     kernel.remove_link(name)
     return True
-
-
-def sweep() -> None:
-    """Destroy the remnants whose process has ended. Raises VduseError."""
-    if names.remnants():
-        with Control.open() as control:
-            names.sweep(control)
 
 
 def _inflight(directory: Path | None) -> InflightLog | None:

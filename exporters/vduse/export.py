@@ -110,6 +110,10 @@ class VduseExporter(Exporter):
     async def fail_left(cls, name: str, directory: Path) -> None:
         await kernel.remove_leftover(name, directory, force=True)
 
+    @classmethod
+    def sweep(cls) -> None:
+        kernel.sweep()
+
     async def start(self) -> Endpoint:
         try:
             await (self._adopt() if self.options.adopt else self._attach())

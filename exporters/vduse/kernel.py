@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vduse_blk.exporters.vduse import names
 
+from pyvduse.control import Control
 from vduse_blk.block.errors import UserError
 
 MODULES = ("vduse", "virtio_vdpa", "virtio_blk")
@@ -218,3 +219,10 @@ def remove_link(name: str) -> None:
     (LINKS / f".{name}.new").unlink(missing_ok=True)
     with suppress(OSError):  # not empty, gone, or mounted into a container
         LINKS.rmdir()
+
+
+def sweep() -> None:
+    """Destroy the remnants whose process has ended. Raises VduseError."""
+    if names.remnants():
+        with Control.open() as control:
+            names.sweep(control)

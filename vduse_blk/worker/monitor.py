@@ -23,10 +23,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Final
 
+from vduse_blk.block.errors import UserError
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.control.spec import WorkerSpec
@@ -65,7 +66,7 @@ class Monitor:
                 return status
             removed = not rundir.is_directory(name, directory)  # by somebody, perhaps long ago
             if removed:
-                _sweep()
+                _sweep(self._spec.exports)
             if not served and not _has_served(name, pid):
                 return status if status >= 0 else 128 - status
             served = True
@@ -122,12 +123,14 @@ class Monitor:
         return signal.sigtimedwait(_ENDING, seconds) is None
 
 
-def _sweep() -> None:
+def _sweep(exports: Sequence[str]) -> None:
     """A server that hung in the kernel while its disk was removed has kept its device; it has ended, and only we know."""
     try:
-        if import_module("vduse_blk.exporters.vduse.names").remnants():
-            import_module("vduse_blk.exporters.vduse.cleanup").sweep()
-    except (ImportError, OSError) as error:  # the program was replaced or removed meanwhile: whoever comes next does it
+        from vduse_blk.exports import parse_exports  # here: a monitor lives as long as its disk, and seldom gets so far
+
+        for export in parse_exports(exports):
+            export.exporter.sweep()
+    except (ImportError, OSError, UserError) as error:  # the program was replaced meanwhile: the next disk does it
         print(f"remnants were not removed: {error}", file=sys.stderr)
 
 
