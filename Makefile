@@ -16,7 +16,7 @@ demo: ## the main job, shown: an image becomes a disk with a file system, is che
 	@tools/demo
 
 test: ## all tests; the last line counts them
-	@tools/setup dev vm
+	@tools/setup dev vm libblkio
 	@tools/test $(ARGS)
 
 test-fast: ## what needs no virtual machine, under 3 minutes
@@ -44,7 +44,7 @@ compare: ## speed against qemu-storage-daemon, in the same virtual machine; resu
 	@bench/compare $(ARGS)
 
 bench: ## speed of the vhost-user export against qemu-storage-daemon, natively; results in bench/results
-	@tools/setup dev vm
+	@tools/setup dev vm libblkio
 	@bench/native $(ARGS)
 
 clean: ## remove what was built, but not downloads

@@ -1,4 +1,4 @@
-"""QEMU's tools with libblkio, a vhost-user front-end without a machine: Debian 13's, as ``tools/setup vm`` unpacks them."""
+"""QEMU's tools with libblkio, a vhost-user front-end without a machine. Debian 13's: ``tools/setup libblkio`` has them."""
 
 from __future__ import annotations
 

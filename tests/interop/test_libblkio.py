@@ -21,7 +21,7 @@ KIB = 1024
 def tool(name: str, *words: str) -> str:
     """Run one of QEMU's tools; returns what it prints."""
     if not libblkio.is_there():
-        pytest.skip("needs the tools of `tools/setup vm`")
+        pytest.skip("needs the tools of `tools/setup libblkio`")
     done = libblkio.run(name, *words)
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout
