@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -265,22 +265,25 @@ def test_another_programs_device_is_not_taken_for_a_remnant(tmp_path: Path) -> N
     assert_nothing_left()
 
 
-def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
-    """One that was killed: what it has under way lands before anything of the next one, which starts when it has ended."""
-    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
-    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "plugin"]
+@contextmanager
+def waiting_successor(
+    folder: Path, path: str, has_begun: Callable[[int], bool]
+) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A killed server, and an ``attach`` that waits for its I/O. ``has_begun``: the server has some under way. After the
+    block the storage goes on, and so must the successor, and a write that the first one had begun."""
+    stuck = Stuck(image(folder / "stuck.img", 16 * MIB))
+    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", path]
     try:
         device = run(*words).stdout.strip()
         (first,) = servers()
         stuck.stop()
         write = ["dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none"]
         with subprocess.Popen(write) as dd:
-            wait_until(lambda: hangs(first), "the server hangs")
+            wait_until(lambda: has_begun(first), "the server has begun")
             os.kill(first, signal.SIGKILL)
             with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
                 wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
-                assert is_open("k")
-                assert info("k")["state"] == "dying"
+                yield first, attach
                 stuck.go_on()
                 said, _ = attach.communicate(timeout=120)
             assert (attach.returncode, said.strip()) == (0, device)
@@ -289,29 +292,18 @@ def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path)
     finally:
         stuck.remove()
     assert_nothing_left()
+
+
+def test_a_successor_waits_for_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
+    """One that was killed: what it has under way lands before anything of the next one, which starts when it has ended."""
+    with waiting_successor(tmp_path, "plugin", hangs):
+        assert is_open("k")
+        assert info("k")["state"] == "dying"
 
 
 def test_a_successor_waits_for_io_that_no_thread_waits_for(tmp_path: Path) -> None:
     """What io_uring has under way on a device outlives the killed server without a trace among the processes: the successor
     starts when it has landed."""
-    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
-    words = [*CLI, "attach", f"file:{stuck.path}?direct=1", "--name", "k", "--path", "native"]
-    try:
-        device = run(*words).stdout.strip()
-        (first,) = servers()
-        stuck.stop()
-        write = ["dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none"]
-        with subprocess.Popen(write) as dd:
-            wait_until(lambda: info("k")["counters"]["inflight"] > 0, "the server has begun")
-            os.kill(first, signal.SIGKILL)
-            wait_until(lambda: first not in servers(), "the server has ended")
-            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as attach:
-                wait_until(lambda: "waiting for the last I/O" in (RUN / "k/log").read_text(), "the successor waits")
-                stuck.go_on()
-                said, _ = attach.communicate(timeout=120)
-            assert (attach.returncode, said.strip()) == (0, device)
-            assert dd.wait(60) == 0
-        cli("detach", "k")
-    finally:
-        stuck.remove()
-    assert_nothing_left()
+    with waiting_successor(tmp_path, "native", lambda _: info("k")["counters"]["inflight"] > 0) as (first, attach):
+        wait_until(lambda: first not in servers(), "the server has ended")
+        assert attach.poll() is None
