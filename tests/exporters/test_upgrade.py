@@ -23,6 +23,7 @@ import pytest
 from servers import MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import Request
 
+from tests.faulty import WITHOUT_THREADS
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, Hangup
@@ -816,20 +817,6 @@ upgrade.reached = reached
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """A new server that serves the queues, says so through a FIFO, and dies when somebody opens that again."""
-
-
-WITHOUT_THREADS = """
-import errno, runpy
-from vduse_blk.queue.native import NativeQueue, lib
-start = NativeQueue.start
-def refuse(self, setup, iova):
-    if setup.index == 1 and self._target.kind != lib.VB_TARGET_NONE:
-        raise OSError(errno.EAGAIN, "no thread")
-    start(self, setup, iova)
-NativeQueue.start = refuse
-runpy.run_module("vduse_blk.worker", run_name="__main__")
-"""
-"""A new server that gets no thread for its second queue."""
 
 
 def test_a_server_that_cannot_serve_every_queue_gets_none(serve: Serve) -> None:

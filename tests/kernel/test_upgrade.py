@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty import WITHOUT_THREADS
 from tests.kernel.host import Stuck, assert_nothing_left, cli, image, info, run, servers, tree_digest, wait_until
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError
@@ -96,20 +97,6 @@ def test_a_new_server_that_dies_leaves_the_old_one(tmp_path: Path, step: str) ->
         assert dd.wait(60) == 0
     cli("detach", "a")
     assert_nothing_left()
-
-
-WITHOUT_THREADS = """
-import errno, runpy
-from vduse_blk.queue.native import NativeQueue, lib
-start = NativeQueue.start
-def refuse(self, setup, iova):
-    if setup.index == 1 and self._target.kind != lib.VB_TARGET_NONE:
-        raise OSError(errno.EAGAIN, "no thread")
-    start(self, setup, iova)
-NativeQueue.start = refuse
-runpy.run_module("vduse_blk.worker", run_name="__main__")
-"""
-"""A new server that gets no thread for its second queue."""
 
 
 def test_a_new_server_that_gets_no_queue_leaves_the_old_one(tmp_path: Path) -> None:
