@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from vduse_blk.block.holders import take_from
-from vduse_blk.cli import launch, show
+from vduse_blk.cli import detach, launch, show
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit
@@ -527,6 +527,10 @@ class TestTakingOver:
                 "serves the disk again; `vduse-blk detach d --force` fails its requests and removes it",
                 found["way_out"],
             )
+            refused = CliRunner().invoke(detach.detach, ["d", "--timeout", "1"])
+            assert isinstance(refused.exception, ControlError)
+            assert refused.exception.exit_code == Exit.BUSY
+            assert "was killed and waits in the kernel" in str(refused.exception)
             listener.close()
         finally:
             hung.end()

@@ -23,11 +23,11 @@ from vduse_blk.cli.options import json_option, timeout_option
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, Hangup, NotServed, Served
-from vduse_blk.control.process import read_stat, server_process
+from vduse_blk.control.process import is_dying, read_stat, server_process
 from vduse_blk.exports import parse_exports
 
 DYING_SECONDS: Final = 5.0
-"""How long the process of a server that broke the conversation may take to end."""
+"""How long the process of a server that broke the conversation, or was killed, may take to end."""
 FORCE_SECONDS: Final = 1.5
 """How long a server that is well may take to remove a disk by force; after that it is not asked any more."""
 KILL_SECONDS: Final = 0.5
@@ -55,6 +55,8 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
     removed, too. With --force it is gone within seconds, whatever its server or its storage does.
     """
     deadline = time.monotonic() + timeout
+    if not force:
+        _wait_for_the_dying(name, min(DYING_SECONDS, timeout))
     try:
         with Client(name, timeout) as client, server_process(client.server_pid) as end:
             directory = rundir.open_directory(name)
@@ -86,6 +88,19 @@ def detach(name: str, force: bool, timeout: float, as_json: bool) -> None:
         _without_server(name, force)
     if as_json:
         output.print_json({"ok": True, "name": name})
+
+
+def _wait_for_the_dying(name: str, seconds: float) -> None:
+    """A killed server ends soon, or waits in the kernel for as long as its storage likes: that one is not asked anything."""
+    until = time.monotonic() + seconds
+    while is_dying(name):
+        if time.monotonic() > until:
+            raise ControlError(
+                f"the server of disk '{name}' was killed and waits in the kernel, probably for storage; "
+                f"`vduse-blk info {name}` says what leads out of that; --force does not wait for it",
+                Exit.BUSY,
+            )
+        time.sleep(0.02)
 
 
 def _by_server(client: Client, end: int | None, deadline: float, timeout: float) -> None:
