@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.kernel import starter
+
 CLI = [sys.executable, "-P", "-m", "vduse_blk.cli"]
 RUN = Path("/run/vduse-blk")
 _STRETCH = 1 << 20
@@ -23,14 +25,19 @@ def run(*command: object, check: bool = True, timeout: float = 300, **kwargs: An
     """A command with its output captured; a failure shows that output."""
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return checked(done) if check else done
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if done.returncode != 0:
+        raise AssertionError(f"{' '.join(done.args)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
 def cli(*words: object, check: bool = True, env: dict[str, str] | None = None, timeout: float = 300) -> Any:
-    """``vduse-blk WORDS``. Returns the CompletedProcess."""
-    return run(*CLI, *words, check=check, timeout=timeout, env=os.environ | (env or {}))
+    """``vduse-blk WORDS``, with ``env`` added to its environment. Returns the CompletedProcess."""
+    done = starter.call([str(word) for word in words], os.environ | (env or {}), timeout)
+    return checked(done) if check else done
 
 
 def info(name: str) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def test_a_plugin_that_spins(tmp_path: Path) -> None:
         "    async def write(self, offset, data, *, fua=False):\n"
         "        while True: pass\n"
     )
-    device = cli("attach", "spinning:?size=16M", "--name", "k", env={"PYTHONPATH": str(tmp_path)}).stdout.strip()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    device = run(*CLI, "attach", "spinning:?size=16M", "--name", "k", env=environment).stdout.strip()
     with writer(device):
         force(tmp_path)
 

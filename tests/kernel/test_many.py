@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import CLI, assert_nothing_left, cli, fio, run
+from tests.kernel.host import assert_nothing_left, cli, fio, run
 
 COUNT = 20
 
@@ -34,7 +33,7 @@ def test_twenty_disks_attached_at_once_and_detached_in_any_order() -> None:
         random.Random(2).shuffle(names)
 
         def detach(name: str) -> int:
-            return subprocess.run([*CLI, "detach", name, "--timeout", "600"], capture_output=True, check=False).returncode
+            return int(cli("detach", name, "--timeout", 600, check=False, timeout=700).returncode)
 
         assert list(pool.map(detach, names)) == [0] * COUNT
     assert json.loads(run("vdpa", "-j", "dev", "show").stdout)["dev"] == {}
