@@ -15,7 +15,8 @@ Rules kept here, each learnt from the kernel's drivers/vdpa/vdpa_user/vduse_dev.
   * FEATURES_OK is the one place to refuse.
   * A reset drops kick descriptors and frees the rings after our reply: queues stop and every mapping goes first.
   * Messages are redelivered with the same id to the next server, so starting twice must be harmless.
-  * The bounce area appears with the first request: a queue's miss is looked up then.
+  * The bounce area appears with the first request: a queue's miss is looked up then. It is put into memory of ours if the
+    kernel lets us (``umem``), else the kernel's pages are mapped.
   * The device node is read without blocking; POLLERR means the kernel has given the device up.
 """
 
@@ -32,6 +33,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
+from vduse_blk.exporters.vduse.umem import BounceMemory, bounce_area
 
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
@@ -44,7 +46,7 @@ from pyvduse.messages import (
     encode_response,
 )
 from vduse_blk.exporter import add_counters
-from vduse_blk.queue import InflightLog, IovaMap, Queue, QueueSetup, QueueState
+from vduse_blk.queue import InflightLog, IovaMap, Queue, QueueSetup, QueueState, Region
 from vduse_blk.virtio import Feature, VirtioBlkDevice, feature_names
 
 log = logging.getLogger("vduse_blk.disk")
@@ -80,6 +82,8 @@ class DeviceServer:
         self._make_queue = make_queue
         self._on_failure = on_failure
         self._iova = IovaMap()
+        self._bounce: BounceMemory | None = None
+        self._bounce_refusal: str | None = None
         self._queues: dict[int, Queue] = {}
         self._setups: dict[int, QueueSetup] = {}
         self._unserved: set[int] = set()
@@ -210,7 +214,7 @@ class DeviceServer:
                 case SetStatus():
                     ok = self._set_status(int(request.status))
                 case UpdateIotlb():
-                    self._iova.remove(request.start, request.last)
+                    self._forget(request.start, request.last)
                 case GetVqState():
                     vq_state = self._pause(request.index)
                 case _:
@@ -370,7 +374,7 @@ class DeviceServer:
         finally:
             # Whatever happened: the next driver's rings are elsewhere.
             self._kicks.clear()
-            self._iova.remove()
+            self._forget()
         self.negotiated = 0
         self._reported.clear()
 
@@ -402,7 +406,7 @@ class DeviceServer:
         """Map what the kernel has of [start, last] and we do not."""
         at = start
         while at <= last:
-            known = self._iova.find(at)
+            known = self._iova.find(at) or self._own_bounce_area(at, last)
             if known is not None:
                 at = known.last + 1
                 continue
@@ -422,6 +426,28 @@ class DeviceServer:
             finally:
                 os.close(region.fd)
             at = region.last + 1
+
+    def _own_bounce_area(self, start: int, last: int) -> Region | None:
+        """Where memory of ours was registered as the bounce area, which no queue knew before."""
+        area = bounce_area(self._device, start, last)
+        if area is None or self._iova.overlaps(area.start, area.last):
+            return None
+        try:
+            bounce = BounceMemory(self._device, area)
+        except OSError as error:
+            self._bounce_refusal = str(error)
+            log.info("%s: the bounce area stays in the kernel's memory: %s", self._device.name, error)
+            return None
+        self._bounce, self._bounce_refusal = bounce, None
+        return self._iova.add_memory(start=area.start, last=area.last, host=bounce.host)
+
+    def _forget(self, start: int = 0, last: int = 2**64 - 1) -> None:
+        """Unmap [start, last]."""
+        self._iova.remove(start, last)
+        bounce = self._bounce
+        if bounce is not None and self._iova.find(bounce.area.start) is None:
+            self._bounce = None
+            bounce.close()
 
     def _look_at_queues(self) -> None:
         for index, queue in list(self._queues.items()):
