@@ -33,6 +33,7 @@ _CAUSES: dict[tuple[str, int], str] = {
     ("DEV_SET_CONFIG", errno.EINVAL): "the range is empty or reaches beyond the configuration space",
     ("IOTLB_GET_FD", errno.EINVAL): "nothing is mapped in that range",
     ("IOTLB_GET_INFO", errno.EINVAL): "nothing is mapped in that range, or the device was never attached",
+    ("IOTLB_GET_INFO", errno.ENOTTY): "Linux before 6.0 does not have it",
     ("IOTLB_REG_UMEM", errno.EINVAL): (
         "the memory must cover exactly the bounce area (IOVA 0, bounce_size bytes, page-aligned), which exists only "
         "once the driver has sent a request"

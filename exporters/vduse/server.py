@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vduse_blk.exporters.vduse import kernel
-from vduse_blk.exporters.vduse.umem import BounceMemory, bounce_area
+from vduse_blk.exporters.vduse.umem import BounceMemory
 
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
@@ -429,14 +429,15 @@ class DeviceServer:
 
     def _own_bounce_area(self, start: int, last: int) -> Region | None:
         """Where memory of ours was registered as the bounce area, which no queue knew before."""
-        area = bounce_area(self._device, start, last)
-        if area is None or self._iova.overlaps(area.start, area.last):
-            return None
         try:
+            area = self._device.iotlb_info(start, last)
+            if area is None or not area.umem or self._iova.overlaps(area.start, area.last):
+                return None
             bounce = BounceMemory(self._device, area)
         except OSError as error:
+            if self._bounce_refusal is None:
+                log.info("%s: the bounce area stays in the kernel's memory: %s", self._device.name, error)
             self._bounce_refusal = str(error)
-            log.info("%s: the bounce area stays in the kernel's memory: %s", self._device.name, error)
             return None
         self._bounce, self._bounce_refusal = bounce, None
         return self._iova.add_memory(start=area.start, last=area.last, host=bounce.host)
@@ -495,5 +496,13 @@ class DeviceServer:
             "queues": queues,
             "features_offered": feature_names(self._virtio.offered),
             "features_negotiated": feature_names(self.negotiated),
+            "bounce": self._describe_bounce(),
             "broken": self.broken or self.trouble,
         }
+
+    def _describe_bounce(self) -> dict[str, Any] | None:
+        """Whose memory the bounce area is; None: there is none as yet."""
+        bounce, refusal = self._bounce, self._bounce_refusal
+        if bounce is not None:
+            return {"memory": "server", "size": bounce.size}
+        return None if refusal is None else {"memory": "kernel", "because": refusal}

@@ -28,17 +28,6 @@ from vduse_blk.core._core import ffi
 log = logging.getLogger("vduse_blk.disk")
 
 
-def bounce_area(device: Device, start: int, last: int) -> IovaInfo | None:
-    """The bounce area, if it overlaps IOVA [start, last] and memory can be registered as it. Raises VduseError."""
-    try:
-        area = device.iotlb_info(start, last)
-    except VduseError as error:
-        if error.errno == errno.ENOTTY:  # before Linux 6.0
-            return None
-        raise
-    return area if area is not None and area.umem else None
-
-
 class BounceMemory:
     """Memory of this process that is the bounce area ``area`` of ``device``. ``host`` is its address."""
 

@@ -20,7 +20,7 @@ import pytest
 from vduse_blk.exporters.vduse.server import DeviceServer
 
 from pyvduse._uapi import ffi, lib
-from pyvduse.device import Device, IotlbRegion
+from pyvduse.device import Device, IotlbRegion, IovaInfo
 from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.native import NullTarget
@@ -32,6 +32,8 @@ from vduse_blk.virtio import Feature, VirtioBlkDevice
 MIB = 1 << 20
 REGION = 1 << 24
 """IOVA distance of the queues' memory."""
+DEAD = 0xDEAD0000
+"""Address of memory that a dead server registered."""
 _RESPONSE = struct.Struct("<II")
 
 
@@ -48,12 +50,17 @@ class Kernel:
     affinity: dict[int, set[int]] = field(default_factory=dict)
     """What a driver with several queues sets at every attach; all CPUs of a kernel that knows of it, else nothing."""
     interrupted: set[int] = field(default_factory=set)
+    registered: list[tuple[int, int, int]] = field(default_factory=list)
+    """(IOVA, size, address) of memory that is the bounce area; one at most."""
+    refuse_memory: VduseError | None = None
 
     def __post_init__(self) -> None:
         self.end, self._device_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._device_end.setblocking(False)
         self.end.settimeout(20)
         self.fd = self._device_end.fileno()
+        self.bounce = os.memfd_create("bounce")
+        os.ftruncate(self.bounce, MIB)
 
     # ---- what Device does by ioctl, read and write
 
@@ -71,9 +78,28 @@ class Kernel:
         error = self.refuse(start)
         if error is not None:
             raise error
+        if start < MIB:
+            return IotlbRegion(os.dup(self.bounce), 0, 0, MIB - 1, lib.VDUSE_ACCESS_RW)
         index = start // REGION - 1
         base = (index + 1) * REGION
         return IotlbRegion(os.dup(self.memories[index]), 0, base, base + MIB - 1, lib.VDUSE_ACCESS_RW)
+
+    def iotlb_info(self, start: int, last: int) -> IovaInfo | None:
+        if self.refuse_memory is not None and self.refuse_memory.asked == "IOTLB_GET_INFO":
+            raise self.refuse_memory
+        return IovaInfo(0, MIB - 1, umem=True) if start < MIB else IovaInfo(start, last, umem=False)
+
+    def register_umem(self, iova: int, size: int, uaddr: int) -> None:
+        if self.refuse_memory is not None:
+            raise self.refuse_memory
+        if self.registered:
+            raise VduseError("IOTLB_REG_UMEM", self.name, errno.EEXIST)
+        self.registered.append((iova, size, uaddr))
+
+    def deregister_umem(self, iova: int, size: int) -> None:
+        if not self.registered:
+            raise VduseError("IOTLB_DEREG_UMEM", self.name, errno.ENOENT)
+        assert self.registered.pop()[:2] == (iova, size)
 
     def set_kickfd(self, index: int, fd: int | None) -> None:
         if fd is None:
@@ -119,6 +145,27 @@ class Kernel:
         for status in (0, 1, 3, 0xB):
             assert self.message(lib.VDUSE_SET_STATUS, status)
 
+    def clears_bounced_page(self) -> bool:
+        """A page of the bounce area is filled, and read into from a disk that is all zeros: whether zeros arrive there."""
+        driver = self.drivers[0]
+        header, status = Buffer(driver.alloc(16), 16), Buffer(driver.alloc(1), 1, True)
+        driver.put(header.iova, struct.pack("<IIQ", IN, 0, 0))
+        page = slice(0x4000, 0x5000)
+        os.pwrite(self.bounce, b"x" * 0x1000, page.start)
+        for memory in self.own_memory():
+            memory[page] = b"x" * 0x1000
+        driver.offer(driver.add_chain([header, Buffer(page.start, 0x1000, True), status], indirect=False))
+        os.eventfd_write(self.kicks[0], 1)
+        assert driver.wait()
+        assert driver.get(status.iova, 1)[0] == OK
+        mine = self.own_memory()
+        found = mine[0][page] if mine else os.pread(self.bounce, 0x1000, page.start)
+        return bytes(found) == bytes(0x1000)
+
+    def own_memory(self) -> list[Any]:
+        """What is registered by a server that lives."""
+        return [ffi.buffer(ffi.cast("char *", host), size) for _, size, host in self.registered if host != DEAD]
+
     def flush(self, index: int, timeout: float = 10) -> int | None:
         """One request on a queue, from its driver."""
         driver = self.drivers[index]
@@ -139,7 +186,9 @@ def kernel() -> Iterator[Kernel]:
     for index, fd in enumerate(memories):
         os.ftruncate(fd, MIB)
         drivers.append(FakeDriver(64, memory=MIB, base=(index + 1) * REGION, memory_fd=fd))
-    yield Kernel(virtio, drivers, memories)
+    kernel = Kernel(virtio, drivers, memories)
+    yield kernel
+    os.close(kernel.bounce)
     for driver in drivers:
         driver.close()
     for fd in memories:
@@ -368,3 +417,74 @@ def test_memory_that_vanishes_fails_requests_and_no_more(kernel: Kernel) -> None
         until(lambda: any("SIGBUS" in failure for failure in served.failures))
         assert kernel.flush(0) == IOERR
         assert kernel.message(lib.VDUSE_SET_STATUS, 0)
+
+
+def test_the_bounce_area_is_the_servers_memory(kernel: Kernel) -> None:
+    """Registered at the first request that touches it and not before, given back when the driver lets go, and by a server
+    that stops."""
+    with Served(kernel) as served:
+        for _ in range(3):
+            kernel.drive()
+            assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+            assert kernel.flush(0) == OK
+            assert (kernel.registered, served.server.describe()["bounce"]) == ([], None)
+            assert kernel.clears_bounced_page()
+            assert [known[:2] for known in kernel.registered] == [(0, MIB)]
+            assert served.server.describe()["bounce"] == {"memory": "server", "size": MIB}
+            assert kernel.message(lib.VDUSE_SET_STATUS, 0)
+            assert kernel.registered == []
+            assert served.server._iova.regions == ()
+            for driver in kernel.drivers:
+                driver.reset_ring()
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.clears_bounced_page()
+    assert kernel.registered == []
+
+
+def test_memory_that_somebody_left_registered_goes_first(kernel: Kernel) -> None:
+    """A server that was killed on trial leaves its registration behind, because the old one has the node open, too."""
+    kernel.registered.append((0, MIB, DEAD))
+    with Served(kernel, adopt=True) as served:
+        served.server.wait_until_taken_over()
+        assert kernel.clears_bounced_page()
+        assert kernel.registered[0][2] != DEAD
+
+
+def test_a_bounce_area_that_is_unmapped_is_given_back(kernel: Kernel) -> None:
+    """The kernel announces that the range goes; whoever uses it again gets memory registered anew."""
+    with Served(kernel):
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.clears_bounced_page()
+        assert kernel.message(lib.VDUSE_UPDATE_IOTLB)
+        assert kernel.registered == []
+        assert kernel.clears_bounced_page()
+        assert len(kernel.registered) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "why"),
+    [("IOTLB_REG_UMEM", errno.ENOMEM, "RLIMIT_MEMLOCK"), ("IOTLB_GET_INFO", errno.ENOTTY, "before 6.0")],
+)
+def test_without_memory_of_its_own(kernel: Kernel, asked: str, error: int, why: str) -> None:
+    """The kernel refuses, what a dead server registered included: its own pages are mapped, and `info` has the reason. The
+    next driver finds it tried again."""
+    if asked == "IOTLB_REG_UMEM":
+        kernel.registered.append((0, MIB, DEAD))
+    kernel.refuse_memory = VduseError(asked, kernel.name, error)
+    with Served(kernel) as served:
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.clears_bounced_page()
+        assert kernel.registered == []
+        bounce = served.server.describe()["bounce"]
+        assert (bounce["memory"], why in bounce["because"]) == ("kernel", True), bounce
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0)
+        for driver in kernel.drivers:
+            driver.reset_ring()
+        kernel.refuse_memory = None
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.clears_bounced_page()
+        assert served.server.describe()["bounce"]["memory"] == "server"

@@ -154,6 +154,8 @@ def print_info(disk: DiskStatus) -> None:
         rows.append(("server", f"process {know['pid']}"))
     if isinstance(know.get("queues"), list) and know["queues"]:
         rows.append(("queues", _queues_text(know["queues"])))
+    if know.get("bounce"):
+        rows.append(("bounce area", _bounce_text(know["bounce"])))
     if know.get("started_at"):
         rows.append(("since", _time_text(know["started_at"])))
     if know.get("waiting"):
@@ -185,6 +187,12 @@ def _policy_rows(know: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"{waiting.get('requests')} requests since {_time_text(waiting.get('since'))}: {waiting.get('error')}"
         rows.append(("waiting", text))
     return rows
+
+
+def _bounce_text(bounce: Mapping[str, Any]) -> str:
+    if bounce["memory"] == "server":
+        return f"{output.size_text(bounce['size'])} of the server's memory"
+    return f"the kernel's memory: {bounce['because']}"
 
 
 def _filter_text(layer: Mapping[str, Any]) -> str:
