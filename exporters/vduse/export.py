@@ -50,10 +50,26 @@ _QUEUES_DEFAULT = 8
 """At most; one per CPU below that."""
 
 
+_BOUNCE_LEAST = 10 * _MIB
+_BOUNCE_MOST = 1024 * _MIB
+_BOUNCE_PER_ENTRY = 8 * 1024
+
+
 def bounce_size(queues: int, queue_size: int) -> int:
-    """Bytes of bounce buffer: room for every request to be 64 KiB at once, within what the kernel allows (1 MiB to
-    1 GiB) and what a single largest request needs several times over. Pages are allocated only when used."""
-    return max(64 * _MIB, min(1024 * _MIB, queues * queue_size * 64 * 1024))
+    """Bytes of bounce area, all of which the server keeps in memory. Room for 8 requests of 1 MiB at once, and for half of
+    what all queues can hold of 4 KiB (each takes four pages: data, header, status, table). A driver that finds no room tries
+    again 3 ms later; a single request must fit by itself, or it is tried for ever: the largest that anybody has without
+    asking for it is 4 MiB (Linux 7)."""
+    return max(_BOUNCE_LEAST, min(_BOUNCE_MOST, queues * queue_size * _BOUNCE_PER_ENTRY))
+
+
+def set_bounce_size(device: Device, size: int) -> None:
+    """Kernels that know no size have 64 MiB. Raises VduseError."""
+    try:
+        device.bounce_size = size
+    except VduseError as error:
+        if error.errno != errno.ENOENT:
+            raise
 
 
 class VduseExporter(Exporter):
@@ -321,7 +337,7 @@ class VduseExporter(Exporter):
         self._here.callback(self._after, device.close, "closed")
         for index in range(self.queue_count):
             device.vq_setup(index, options.queue_size)
-        device.bounce_size = bounce_size(self.queue_count, options.queue_size)
+        set_bounce_size(device, bounce_size(self.queue_count, options.queue_size))
         device.msg_timeout = _MSG_TIMEOUT
         reached("configured")
         return device
