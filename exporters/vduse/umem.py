@@ -16,6 +16,7 @@ Owner: the device's message thread. Rules, from the kernel's drivers/vdpa/vdpa_u
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import mmap
@@ -23,7 +24,6 @@ import resource
 
 from pyvduse.device import Device, IovaInfo
 from pyvduse.errors import VduseError
-from vduse_blk.core._core import ffi
 
 log = logging.getLogger("vduse_blk.disk")
 
@@ -39,20 +39,19 @@ class BounceMemory:
         self._give_back()
         # Shared: what forks and executes must not leave copies of pages that the kernel writes to.
         self._memory = mmap.mmap(-1, self.size)
-        self._view = ffi.from_buffer(self._memory)
-        self.host = int(ffi.cast("uintptr_t", self._view))
+        self.host = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         try:
             self._memory.madvise(mmap.MADV_DONTDUMP)  # users' data
             _raise_memlock_limit()
             device.register_umem(area.start, self.size, self.host)
         except BaseException:
-            self._free()
+            self._memory.close()
             raise
 
     def close(self) -> None:
         """The area is in the kernel's memory again. No queue has it in its table."""
         self._give_back()
-        self._free()
+        self._memory.close()  # the kernel holds the pages themselves for as long as it uses them
 
     def _give_back(self) -> None:
         try:
@@ -60,11 +59,6 @@ class BounceMemory:
         except VduseError as error:
             if error.errno != errno.ENOENT:
                 log.debug("%s: %s", self._device.name, error)  # a broken device refuses everything
-
-    def _free(self) -> None:
-        # The kernel holds the pages themselves for as long as it uses them.
-        ffi.release(self._view)
-        self._memory.close()
 
 
 def _raise_memlock_limit() -> None:
