@@ -21,8 +21,15 @@ struct iova_region {
     uint64_t last;  /* last byte, inclusive as in the uapi */
     uint64_t host;  /* where `start` is mapped in this process */
     uint32_t access;
-    uint32_t reserved;
+    uint32_t flags; /* enum iova_flags */
 };
+
+/*
+ * PINNED: the pages under the region stay the same as long as a table has it, whatever is done to the memory elsewhere. Queues
+ * may have the kernel hold them. Two tables that follow one another must agree about a region they share, or the later one
+ * must drain.
+ */
+enum iova_flags { IOVA_PINNED = 1 };
 
 /* Sorted by start, no overlap; immutable once published to a queue. */
 struct iova_table {
@@ -230,6 +237,8 @@ struct vb_view {
     uint32_t last_avail; /* next avail entry to pop, as of the last publish; exact once the queue has stopped */
     uint32_t replayed;   /* heads taken over from the in-flight log */
     uint32_t waiting;    /* requests that storage has failed and that are not finished */
+    int32_t pin_error;   /* errno why pages under IOVA_PINNED regions are not all held, 0 = they are, or need not be */
+    uint64_t pinned;     /* bytes of memory whose pages the kernel holds for the queue */
     int32_t wait_error;  /* the last errno of one; meaningless with none waiting */
     uint64_t wait_since; /* CLOCK_MONOTONIC, ns: since when there is one */
 };

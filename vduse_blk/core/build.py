@@ -19,6 +19,7 @@ SOURCES = (
     "batch.c",
     "mapping.c",
     "uring.c",
+    "fixed.c",
     "target_file.c",
     "target_memory.c",
     "pool.c",
@@ -41,7 +42,7 @@ ffi.set_source(
     # Relative: setuptools wants sources inside the tree, and builds run from its top.
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE)],
-    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "pool.h")],
+    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "fixed.h", "pool.h")],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing"],
     extra_link_args=["-pthread"],
     py_limited_api=True,

@@ -227,10 +227,14 @@ struct vb_queue {
     _Atomic int32_t error;
     _Atomic uint32_t last_avail;
     _Atomic uint32_t replayed;
+    _Atomic uint64_t pinned;
+    _Atomic int32_t pin_error;
     _Atomic bool stopping;
     _Atomic bool held;  /* control: pop nothing new */
     _Atomic bool quiet; /* queue: it is held and has nothing in flight */
     struct vb_engine *engine;
+    /* Queue: the table has changed; called before control learns of it. NULL: nobody asks. */
+    void (*adopted)(struct vb_queue *queue);
 };
 
 /* Adopt a newer table if one is published and may be adopted now. False: do not pop (unmapped, draining or broken). */
@@ -261,8 +265,10 @@ uint64_t retry_sleep_ns(const struct vb_queue *queue);
 enum { TARGET_PENDING = 1, TARGET_FULL = 2 };
 
 struct uring;
+struct fixed;
 struct target_file {
     int fd;
+    struct fixed *fixed; /* registered buffers of the ring; NULL without a ring */
     bool is_block_device;
     bool direct;        /* O_DIRECT */
     bool sync;          /* O_DSYNC */

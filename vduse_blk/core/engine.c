@@ -26,6 +26,7 @@
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "fixed.h"
 #include "pool.h"
 #include "uring.h"
 
@@ -53,6 +54,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     struct vb_target target;
     struct target_file file;
     struct uring ring;
+    struct fixed fixed;
     struct pool pool;
     bool by_uring;
     bool arm_kick;
@@ -442,6 +444,14 @@ static int open_uring(struct vb_engine *engine)
     return error;
 }
 
+static void hold_pages(struct vb_queue *queue)
+{
+    struct fixed *fixed = &queue->engine->fixed;
+    fixed_adopt(fixed, queue->table);
+    atomic_store(&queue->pinned, fixed->bytes);
+    atomic_store(&queue->pin_error, fixed->error);
+}
+
 /* On the queue thread, because the ring belongs to the thread that creates it. */
 static int choose_loop(struct vb_engine *engine)
 {
@@ -450,6 +460,8 @@ static int choose_loop(struct vb_engine *engine)
         int error = open_uring(engine);
         if (error == 0) {
             engine->by_uring = true;
+            engine->fixed.ring = &engine->ring;
+            engine->file.fixed = &engine->fixed;
             engine->file.in_memory = target->io_mode == VB_IO_AUTO && is_in_memory(target);
             return 0;
         }
@@ -481,8 +493,14 @@ static void *run(void *argument)
         return NULL;
     atomic_fetch_add(&awake, 1);
     if (engine->by_uring) {
+        if (engine->file.direct && !engine->file.in_memory) { /* others copy, and look no page up */
+            hold_pages(queue);
+            queue->adopted = hold_pages;
+        }
         serve_uring(engine);
-        uring_close(&engine->ring); /* nobody but its one issuer may unregister the file */
+        queue->adopted = NULL;
+        uring_close(&engine->ring); /* nobody but its one issuer may unregister the file and the buffers */
+        atomic_store(&queue->pinned, 0);
     } else {
         serve_sync(engine);
         pool_close(&engine->pool);
@@ -540,6 +558,7 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
     atomic_store(&queue->stopping, false);
+    queue->engine = engine;
     int error = start_thread(engine);
     if (error == 0) {
         while (sem_wait(&engine->started) < 0)
@@ -549,11 +568,10 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
             pthread_join(engine->thread, NULL);
     }
     if (error < 0) {
+        queue->engine = NULL;
         engine_free(engine);
-        return error;
     }
-    queue->engine = engine;
-    return 0;
+    return error;
 }
 
 void vb_engine_stop(struct vb_queue *queue)

@@ -177,6 +177,8 @@ void vb_queue_view(const struct vb_queue *queue, struct vb_view *view)
     view->error = atomic_load(&queue->error);
     view->last_avail = atomic_load(&queue->last_avail);
     view->replayed = atomic_load(&queue->replayed);
+    view->pinned = atomic_load(&queue->pinned);
+    view->pin_error = atomic_load(&queue->pin_error);
     view->waiting = atomic_load(&queue->retry.waiting);
     view->wait_error = atomic_load(&queue->retry.error);
     view->wait_since = atomic_load(&queue->retry.since_ns);
@@ -225,6 +227,8 @@ bool queue_ready(struct vb_queue *queue)
         if (next->drain)
             queue->bound = false;
         queue->table = next;
+        if (queue->adopted != NULL)
+            queue->adopted(queue);
         atomic_store(&queue->table_generation, next->generation);
         queue_post_event(queue);
     }

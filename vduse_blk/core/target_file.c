@@ -17,6 +17,7 @@
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "fixed.h"
 #include "uring.h"
 
 #include <errno.h>
@@ -359,6 +360,11 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
             sqe->opcode = step.call == STEP_READ ? IORING_OP_READ : IORING_OP_WRITE;
             sqe->addr = (uintptr_t)step.iov->iov_base;
             sqe->len = (uint32_t)step.iov->iov_len; /* TRANSFER_MAX fits */
+            int slot = fixed_find(file->fixed, step.iov->iov_base, step.iov->iov_len);
+            if (slot >= 0) {
+                sqe->opcode = step.call == STEP_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+                sqe->buf_index = (uint16_t)slot;
+            }
         } else {
             sqe->addr = (uintptr_t)step.iov;
             sqe->len = step.iov_count;

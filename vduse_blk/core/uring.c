@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static int setup(unsigned entries, struct io_uring_params *params)
@@ -99,6 +100,7 @@ void uring_close(struct uring *ring)
     if (ring->fd >= 0) {
         /* Else the file, and the lock that sits on it, would live on for some 40 ms after the close, even after the process. */
         (void)register_op(ring->fd, IORING_UNREGISTER_FILES, NULL, 0);
+        (void)register_op(ring->fd, IORING_UNREGISTER_BUFFERS, NULL, 0); /* likewise pages */
         close(ring->fd);
     }
     ring->fd = -1;
@@ -109,6 +111,20 @@ void uring_close(struct uring *ring)
 int uring_register_file(struct uring *ring, int fd)
 {
     return register_op(ring->fd, IORING_REGISTER_FILES, &fd, 1);
+}
+
+int uring_reserve_buffers(struct uring *ring, unsigned count)
+{
+    struct io_uring_rsrc_register room = {.nr = count, .flags = IORING_RSRC_REGISTER_SPARSE};
+    return register_op(ring->fd, IORING_REGISTER_BUFFERS2, &room, sizeof(room));
+}
+
+int uring_set_buffer(struct uring *ring, unsigned index, void *address, size_t length)
+{
+    struct iovec piece = {.iov_base = address, .iov_len = length};
+    struct io_uring_rsrc_update2 update = {.offset = index, .data = (uintptr_t)&piece, .nr = 1};
+    int result = register_op(ring->fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
+    return result < 0 ? result : 0;
 }
 
 struct io_uring_sqe *uring_sqe(struct uring *ring)

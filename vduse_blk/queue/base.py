@@ -88,6 +88,10 @@ class QueueView:
     replayed: int = 0
     waiting: Waiting | None = None
     """Requests that storage has failed, and that will be tried again."""
+    pinned: int = 0
+    """Bytes of the driver's memory whose pages the kernel holds for it."""
+    pin_error: int = 0
+    """errno why that is not all that may be held (``IOVA_PINNED``); 0: it is, or the queue has no use for it."""
     memory_lost: bool = False
     """It stopped because mapped memory vanished: the ring itself is sound."""
 
@@ -238,6 +242,8 @@ class CoreQueue:
             error=view.error,
             replayed=view.replayed,
             waiting=Waiting(view.waiting, view.wait_since / 1e9, view.wait_error) if view.waiting else None,
+            pinned=view.pinned,
+            pin_error=view.pin_error,
             memory_lost=view.fault == lib.VRING_FAULT_MEMORY,
         )
 

@@ -29,12 +29,14 @@ WRITE = int(lib.IOVA_WRITE)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE."""
+    """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE. ``pinned``: its pages
+    stay the same as long as it is in a table, so queues may have the kernel hold them."""
 
     start: int
     last: int
     host: int
     access: int
+    pinned: bool = False
     owned: bool = False
     map_address: int = 0
     map_length: int = 0
@@ -46,13 +48,14 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class FdRange:
-    """IOVA bytes ``start`` to ``last`` inclusive, ``offset`` bytes into the file ``fd``."""
+    """IOVA bytes ``start`` to ``last`` inclusive, ``offset`` bytes into the file ``fd``. ``pinned``: as of a Region."""
 
     fd: int
     start: int
     last: int
     offset: int
     access: int
+    pinned: bool = False
 
 
 class SharedArea:
@@ -148,10 +151,12 @@ class IovaMap:
                 _unmap(region)
         return added
 
-    def add_memory(self, *, start: int, last: int, host: int, access: int = READ | WRITE) -> Region:
+    def add_memory(
+        self, *, start: int, last: int, host: int, access: int = READ | WRITE, pinned: bool = False
+    ) -> Region:
         """Publish memory of this process at address ``host``; it stays the caller's. Raises OSError(EEXIST)."""
         self._check_free(start, last, self._regions.values())
-        region = Region(start, last, host, access)
+        region = Region(start, last, host, access, pinned)
         self._regions[start] = region
         self._publish(drain=False)
         return region
@@ -213,6 +218,7 @@ class IovaMap:
         table.drain = int(drain)
         for slot, region in zip(table.regions, regions, strict=False):
             slot.start, slot.last, slot.host, slot.access = region.start, region.last, region.host, region.access
+            slot.flags = lib.IOVA_PINNED if region.pinned else 0
         if lib.iova_table_check(table) != 0:
             raise OSError(errno.EINVAL, "inconsistent IOVA table")
         self._tables.append(table)
@@ -244,7 +250,7 @@ def _map(new: FdRange) -> Region:
     if not address:
         raise OSError(error[0], f"mmap of IOVA {new.start:#x}-{new.last:#x}: {os.strerror(error[0])}")
     base = int(ffi.cast("uintptr_t", address))
-    return Region(new.start, new.last, base + skip, new.access, True, base, length)
+    return Region(new.start, new.last, base + skip, new.access, new.pinned, True, base, length)
 
 
 def _unmap(region: Region) -> None:
