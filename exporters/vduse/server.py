@@ -440,7 +440,7 @@ class DeviceServer:
             self._bounce_refusal = str(error)
             return None
         self._bounce, self._bounce_refusal = bounce, None
-        return self._iova.add_memory(start=area.start, last=area.last, host=bounce.host)
+        return self._iova.add_memory(start=area.start, last=area.last, host=bounce.host, pinned=True)
 
     def _forget(self, start: int = 0, last: int = 2**64 - 1) -> None:
         """Unmap [start, last]."""

@@ -132,6 +132,9 @@ def test_killed_with_data_in_flight(tmp_path: Path) -> None:
                 replayed += info("t")["events"][-1]["replayed"]
                 served()
                 assert bounce() == memory
+                # By the device, and by the ring of each queue.
+                (pid,) = servers()
+                assert pinned(pid) == (3 * info("t")["bounce"]["size"] if memory == "server" else 0)
         assert replayed > 0
         cli("detach", "t")
     assert_nothing_left()
