@@ -65,10 +65,13 @@ def verified_load(device: str) -> Iterator[subprocess.Popen[str]]:
     }  # fmt: skip
     words = ["fio", "--name=t", f"--filename={device}", *(f"--{key}={value}" for key, value in options.items())]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as load:
-        yield load
-        assert load.poll() is None
-        load.send_signal(signal.SIGINT)
-        said, _ = load.communicate(timeout=300)
+        try:
+            yield load
+            assert load.poll() is None
+            load.send_signal(signal.SIGINT)
+            said, _ = load.communicate(timeout=300)
+        finally:
+            load.kill()
     assert load.returncode in (0, 128), said  # by version; 128: it was interrupted
     assert said.count("err= 0") == 2, said
 
@@ -141,7 +144,8 @@ def test_killed_with_data_in_flight(tmp_path: Path) -> None:
                 assert bounce() == memory
                 # By the device, and by the ring of each queue.
                 (pid,) = servers()
-                assert pinned(pid) == (3 * info("t")["bounce"]["size"] if memory == "server" else 0)
+                expected = 3 * info("t")["bounce"]["size"] if memory == "server" else 0
+                wait_until(lambda pid=pid, expected=expected: pinned(pid) == expected, "pages are held")
         assert replayed > 0
         cli("detach", "t")
     assert_nothing_left()
