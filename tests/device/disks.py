@@ -68,6 +68,8 @@ class Kind:
     batches: str = ""
     """"no": without batches; "threads": on threads; "": as the backend has it."""
     spin: str = "auto"
+    pinned: bool = False
+    """The kernel may hold the driver's memory."""
 
     def __str__(self) -> str:
         return self.name
@@ -96,6 +98,7 @@ KINDS = [
     Kind("native-file-sync", "file", True, "sync", DISK_FS),
     Kind("native-file-sync-spinning", "file", True, "sync", DISK_FS, spin="always"),
     Kind("native-file-direct", "file", True, "uring", DISK_FS, direct=True),
+    Kind("native-file-direct-pinned", "file", True, "uring", DISK_FS, direct=True, pinned=True),
     Kind("native-file-direct-sync", "file", True, "sync", DISK_FS, direct=True),
     Kind("native-file-dsync", "file", True, "uring", DISK_FS, sync=True),
     Kind("native-tmpfs", "file", True, "auto", MEMORY_FS),
@@ -191,7 +194,7 @@ class Disk:
             self._undo.append(self.driver.close)
             self.iova = IovaMap()
             self._undo.append(self.iova.close)
-            self.driver.map(self.iova)
+            self.driver.map(self.iova, pinned=kind.pinned)
             self.setup = self.driver.setup(seg_max=limits.seg_max, **(setup or {}))
             self.queue: CoreQueue = self.make_queue()
             if start:

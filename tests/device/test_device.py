@@ -31,7 +31,7 @@ from vduse_blk.testing.driver import (
 )
 
 RINGS = [(event_idx, indirect) for event_idx in (True, False) for indirect in (True, False)]
-PATHS = [BY_NAME[f"native-{name}"] for name in ("memory", "file-uring", "file-sync", "tmpfs")] + [
+PATHS = [BY_NAME[f"native-{name}"] for name in ("memory", "file-uring", "file-direct-pinned", "file-sync", "tmpfs")] + [
     BY_NAME[name] for name in ("plugin-memory", "plugin-memory-single", "plugin-memory-threads")
 ]
 """One of each engine, for what does not depend on storage."""
@@ -676,7 +676,7 @@ def test_memory_comes_and_goes_under_load(make: Make, kind: Kind) -> None:
         into = other.alloc(65536, 512)
         for turn in range(10):
             driver.reset_heap()
-            other.map(disk.iova)
+            other.map(disk.iova, pinned=kind.pinned)
             chain = [header(driver, IN, 0), Buffer(into, 65536, True), status_of(driver)]
             driver.offer(driver.add_chain(chain))
             mine = [driver.request(OUT, 256 + 8 * i, out=noise(4096, turn)) for i in range(8)]

@@ -314,7 +314,7 @@ static void drive(struct driver *d, uint64_t requests)
 /* What the storage holds, past the engine. */
 static void check_storage(const struct driver *d, const struct vb_target *target)
 {
-    uint8_t sector[512];
+    uint8_t sector[512] __attribute__((aligned(512))); /* direct I/O wants it */
     for (uint64_t i = 0; i < PART / 512; i++) {
         const uint8_t *found = sector;
         if (target->kind == VB_TARGET_FILE)
@@ -369,6 +369,7 @@ static struct iova_table *make_table(const struct driver *d, size_t bytes, uint3
         table->regions[i].last = BASE + (i + 1 == regions ? bytes : (i + 1) * each) - 1;
         table->regions[i].host = (uintptr_t)d->memory + i * each;
         table->regions[i].access = IOVA_READ | IOVA_WRITE;
+        table->regions[i].flags = IOVA_PINNED;
     }
     MUST(iova_table_check(table) == 0);
     return table;
@@ -505,12 +506,26 @@ static int open_disk(const char *folder)
     return fd;
 }
 
+/* The same file again, past the page cache: what holds pages. */
+static int open_direct(int other)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", other);
+    int fd = open(path, O_RDWR | O_CLOEXEC | O_DIRECT);
+    if (fd < 0) {
+        perror("O_DIRECT in $TMPDIR");
+        exit(2);
+    }
+    return fd;
+}
+
 int main(int argc, char **argv)
 {
     uint64_t requests = argc > 1 ? strtoull(argv[1], NULL, 0) : 4000;
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) | 1 : 88172645463325252U;
     const char *folder = getenv("TMPDIR") ? getenv("TMPDIR") : "/var/tmp";
     struct vb_target file = {.kind = VB_TARGET_FILE, .fd = open_disk(folder)};
+    struct vb_target direct = {.kind = VB_TARGET_FILE, .fd = open_direct(file.fd)};
     struct vb_target shared = {.kind = VB_TARGET_FILE, .fd = open_disk("/dev/shm")};
     void *storage = mmap(NULL, DISK, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     MUST(storage != MAP_FAILED);
@@ -527,6 +542,9 @@ int main(int argc, char **argv)
             uint64_t each = requests / 4 / queues;
             file.io_mode = modes[way];
             stress_disk("file by io_uring", &file, queues, way, each, seed);
+            direct.spin = file.spin;
+            direct.io_mode = file.io_mode;
+            stress_disk("file by held pages", &direct, queues, way, each, seed);
             file.io_mode = VB_IO_SYNC;
             stress_disk("file by threads", &file, queues, way, each, seed);
             shared.io_mode = VB_IO_AUTO;
@@ -536,6 +554,7 @@ int main(int argc, char **argv)
         stress_disk("null", &null, 1, way, requests / 4, seed);
     }
     munmap(storage, DISK);
+    close(direct.fd);
     close(file.fd);
     close(shared.fd);
     printf("engine_stress: ok\n");

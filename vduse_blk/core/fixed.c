@@ -88,7 +88,8 @@ void fixed_adopt(struct fixed *fixed, const struct iova_table *table)
 {
     fixed->last = 0;
     fixed->error = 0;
-    let_go(fixed, table);
+    if (table->drain) /* else it lacks nothing, and buffers may be in use */
+        let_go(fixed, table);
     for (uint32_t i = 0; i < table->count; i++) {
         const struct iova_region *region = &table->regions[i];
         int error = 0;

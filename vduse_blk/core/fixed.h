@@ -31,10 +31,7 @@ struct fixed { /* owner: the queue thread. Zeroed: nothing is held */
     struct fixed_piece pieces[FIXED_PIECES]; /* sorted by host */
 };
 
-/*
- * Hold what is to be held of `table` and let go of the rest, of which nothing may be in flight: pages that are not held any
- * more when this returns may be unmapped.
- */
+/* Hold what is to be held of `table`, and if it drains, with nothing in flight, let go of the rest. */
 void fixed_adopt(struct fixed *fixed, const struct iova_table *table);
 /* The index of the buffer that holds all of [address, address+length), or -1. */
 int fixed_find(struct fixed *fixed, const void *address, size_t length);

@@ -105,9 +105,10 @@ class FakeDriver:
 
     # ---- memory ----
 
-    def map(self, iova: IovaMap) -> None:
-        """Give the device the whole memory, readable and writable."""
-        iova.add_memory(start=self.base, last=self.base + len(self.memory) - 1, host=self.host, access=READ | WRITE)
+    def map(self, iova: IovaMap, *, pinned: bool = False) -> None:
+        """Give the device the whole memory, readable and writable. ``pinned``: as of a Region."""
+        last = self.base + len(self.memory) - 1
+        iova.add_memory(start=self.base, last=last, host=self.host, access=READ | WRITE, pinned=pinned)
 
     def setup(self, index: int = 0, *, seg_max: int = 254, **changes: Any) -> QueueSetup:
         """What the device needs to serve the queue."""
