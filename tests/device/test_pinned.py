@@ -87,8 +87,8 @@ def pinned_pages() -> int:
 
 
 def test_one_piece_goes_by_held_pages(disk: Disk) -> None:
-    """A request whose data is one piece, in one buffer or in several that touch, uses held pages; one in pieces apart does not;
-    memory that is mapped anew is held anew."""
+    """A request whose data is one piece, in one buffer or in several that touch, uses held pages; one in pieces apart does
+    not; memory that is mapped anew is held anew."""
     memory = Memory(disk)
     adopted(disk)
     expected = disk.content(0, 4096)
@@ -171,7 +171,7 @@ def drop_ipc_lock() -> None:
 
 
 def test_what_may_not_be_held_goes_the_ordinary_way() -> None:
-    """Where the limit of locked memory is too low requests are served all the same, and the view says why nothing is held."""
+    """Where the limit of locked memory is too low requests are served all the same; the view says why nothing is held."""
     found: list[object] = []
 
     def serve() -> None:

@@ -29,8 +29,8 @@ WRITE = int(lib.IOVA_WRITE)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE. ``pinned``: its pages
-    stay the same as long as it is in a table, so queues may have the kernel hold them."""
+    """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE. ``pinned``: its
+    pages stay the same as long as it is in a table, so queues may have the kernel hold them."""
 
     start: int
     last: int
