@@ -24,6 +24,7 @@ from servers import MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import Request
 
 from tests.faulty import WITHOUT_THREADS
+from vduse_blk.cli import detach as detach_command
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, Hangup
@@ -768,6 +769,52 @@ def test_force_ends_both_servers_of_an_upgrade(serve: Serve, machine: Machine) -
     assert not server.socket.exists()
     assert frontend.gone()
     frontend.close()
+
+
+UNSETTLED = """
+import os, runpy, signal
+import vduse_blk.worker.disk as disk
+noted = disk.Disk.note_state
+def note_state(self):
+    noted(self)
+    os.kill(os.getpid(), signal.SIGSTOP)
+disk.Disk.note_state = note_state
+runpy.run_module("vduse_blk.worker", run_name="__main__")
+"""
+"""A new server that hangs when the disk is its own and noted as such, and the old one waits to hear that it is settled."""
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_force_that_an_upgrade_overtakes_ends_the_new_server(serve: Serve, settles: bool) -> None:
+    """`detach --force` has reached the old server when the disk becomes the new one's: that one is killed or asked, too, and
+    does not serve on with nobody knowing it."""
+    server = serve()
+    old = server.process.pid
+
+    def ask() -> None:
+        with contextlib.suppress(ControlError):
+            upgrade(server, *(COMMAND if settles else (sys.executable, "-P", "-c", UNSETTLED)))
+
+    assert owner(server) == old
+    with Client("d") as client, server_process(old) as end:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        deadline = time.monotonic() + 20
+        while (pid := notes.read_state("d").get("pid", old)) == old or (not settles and read_stat(Path(f"/proc/{pid}"))[0] != "T"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with server_process(pid) as its_end:
+            assert its_end is not None
+            try:
+                taken = detach_command._by_force(client, end, 1.5)
+                assert select.select([its_end], [], [], 5)[0]
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(its_end, signal.SIGKILL)
+    if taken.lock is not None:
+        os.close(taken.lock)
+    asking.join(30)
+    server.process.wait(10)
 
 
 def test_who_is_asked_to_end_during_an_upgrade_passes_it_on(serve: Serve, machine: Machine, tmp_path: Path) -> None:

@@ -131,8 +131,10 @@ def _by_force(client: Client, end: int | None, patience: float) -> Taken:
         client.call("detach", timeout=patience, force=True)
         if ended(end, patience):
             return Taken()
-    except ControlError:
-        pass
+    except ControlError as e:
+        if e.exit_code != Exit.TIMEOUT and ended(end, KILL_SECONDS):
+            with suppress(ControlError), Client(client.name, patience) as other, server_process(other.server_pid) as its_end:
+                return _by_force(other, its_end, patience)  # an upgrade was faster: the disk is another server's now
     if end is None:
         return Taken()
     # Before it is killed: a thread that waits in the kernel would keep both for as long as it waits, without an owner.
@@ -169,9 +171,10 @@ def _device_of(name: str) -> str | None:
 
 @contextmanager
 def _successor(name: str, pid: int) -> Iterator[int | None]:
-    """A pidfd of the server that is about to replace ``pid``, and may hold what that one held; None: there is none."""
+    """A pidfd of the server that is about to replace ``pid``, or has just done so while that one still lives, and may hold
+    what that one held; None: there is none."""
     state = notes.read_state(name)
-    successor = state.get("successor") if state.get("pid") == pid else None
+    successor = state.get("successor") if state.get("pid") == pid else state.get("pid")
     if type(successor) is not int or successor <= 0:
         yield None
         return
