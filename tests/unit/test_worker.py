@@ -236,6 +236,13 @@ class TestSignals:
         hang_up("on-error=fail\nfaults.error=oops\n", "are as before: error: 'oops' is no error")
         assert settings() == ("retry=30s", "wait", "count=4&error=EIO")
         file.unlink()
+        os.mkfifo(file)  # nobody writes to it
+        server.process.send_signal(signal.SIGHUP)
+        while "d.settings is in the way: it is not a regular file" not in server.log:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        assert settings() == ("retry=30s", "wait", "count=4&error=EIO")
+        file.unlink()
         server.process.send_signal(signal.SIGHUP)
         while "SIGHUP: no settings in" not in server.log:
             time.sleep(0.01)
@@ -247,6 +254,13 @@ class TestSignals:
         assert server.process.wait(30) == Exit.USAGE
         assert "on-error: 'sometimes' is not usable; accepted are fail, wait, retry=DURATION" in server.log
         assert list(run_dir.iterdir()) == []
+
+    def test_a_settings_directory_is_no_settings_file(self, start: Start, run_dir: Path, tmp_path: Path) -> None:
+        (tmp_path / "d.settings").mkdir()
+        server = start(VDUSE_BLK_ETC=str(tmp_path))
+        assert server.process.wait(30) == Exit.USAGE
+        assert "d.settings is in the way: it is not a regular file" in server.log
+        assert "Traceback" not in server.log
 
     def test_a_relative_settings_directory_is_why_there_is_no_disk(self, start: Start, run_dir: Path) -> None:
         server = start(VDUSE_BLK_ETC="etc")
@@ -286,6 +300,7 @@ class TestSet:
             ({"faults.on": "fly"}, "on: 'fly' is no operation"),
             (None, "values: None is not usable"),
             ({"on-error": 5}, "is not usable; accepted is an object of texts"),
+            ({"on_error": "wait"}, "on_error: cannot be set while the disk is in use; accepted are on-error"),
         ],
     )
     def test_all_of_it_or_nothing(self, values: Any, sentence: str, start: Start) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -36,13 +38,22 @@ def settings_file(name: str) -> Path:
 
 def read_settings(name: str) -> dict[str, str]:
     """Of ``settings_file``: lines ``KEY=VALUE``, empty ones, and ``#`` comments. Empty if there is no such file. Raises
-    ``UserError`` (exit 2) and ``OSError``."""
+    ``UserError`` (exit 2)."""
+    path = settings_file(name)
     try:
-        with settings_file(name).open(encoding="utf-8") as file:
-            text = file.read(MAX_MESSAGE)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the server would wait in a FIFO
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UserError(f"{path} is in the way: it is not a regular file", Exit.USAGE)
+            with open(fd, encoding="utf-8", closefd=False) as file:
+                text = file.read(MAX_MESSAGE)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return {}
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}", Exit.USAGE) from e
     except UnicodeDecodeError as e:
-        raise UserError(f"{settings_file(name)} is not UTF-8", Exit.USAGE) from e
+        raise UserError(f"{path} is not UTF-8", Exit.USAGE) from e
     lines = (line.strip() for line in text.splitlines())
     return parse_settings(line for line in lines if line and not line.startswith("#"))

@@ -32,7 +32,7 @@ def change(stack: Stack, spec: WorkerSpec, values: Mapping[str, str]) -> WorkerS
     for key, value in values.items():
         layer, dot, option = key.partition(".")
         word = key.replace("-", "_")
-        if not dot and word in _DEFAULTS:
+        if not dot and word in _DEFAULTS and "_" not in key:  # one name of a key: what is set later is what counts
             words[word] = value or _DEFAULTS[word]
         elif dot and layer in filters:
             options.setdefault(layer, {})[option] = value
