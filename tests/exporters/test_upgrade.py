@@ -566,6 +566,12 @@ def test_a_start_that_fails_leaves_what_was_left(tmp_path: Path) -> None:
     assert not image.exists()
     assert disk_status("d").state == "dead"
     (tmp_path / "away").rename(image)
+    in_the_way = tmp_path / "run" / "d" / "state.json.new"  # no room for the state
+    in_the_way.mkdir()
+    with pytest.raises(AssertionError, match=r"cannot write .*state.json"):
+        server.start()
+    in_the_way.rmdir()
+    assert (tmp_path / "run" / "d" / "served.json").exists()
     server.start()
     assert server.call("info")["size"] == 2 * MIB
     server.call("detach")
@@ -708,6 +714,11 @@ def test_no_room_for_a_control_socket(serve: Serve, machine: Machine) -> None:
     check_goes_on(server, load, server.process.pid)
     for name in ("control.new", "control.next"):
         (run / name).rmdir()
+    (run / "state.json.new").mkdir()  # a monitor would not know the new server
+    with pytest.raises(ControlError, match=r"cannot write .*state.json.*served as before"):
+        upgrade(server)
+    check_goes_on(server, load, server.process.pid)
+    (run / "state.json.new").rmdir()
     with Client("d") as client:
         (run / "control.sock").unlink()
         (run / "control.sock").mkdir()
@@ -800,7 +811,7 @@ def test_force_that_an_upgrade_overtakes_ends_the_new_server(serve: Serve, settl
         asking = threading.Thread(target=ask)
         asking.start()
         deadline = time.monotonic() + 20
-        while (pid := notes.read_state("d").get("pid", old)) == old or (not settles and read_stat(Path(f"/proc/{pid}"))[0] != "T"):
+        while (pid := notes.read_state("d")["pid"]) == old or (not settles and read_stat(Path(f"/proc/{pid}"))[0] != "T"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with server_process(pid) as its_end:

@@ -83,6 +83,11 @@ class Disk:
     def name(self) -> str:
         return self.spec.name
 
+    @property
+    def doing(self) -> str:
+        """The phase, for people."""
+        return self.phase if self.successor is None else "being upgraded"
+
     def make_stack(self) -> Stack:
         """The disk's storage, not open. Raises UserError."""
         spec = self.spec

@@ -24,12 +24,14 @@ def set_values(disk: Disk, values: object) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise ControlError(f"values: {values!r} is not usable; accepted is an object of texts", Exit.USAGE)
     if disk.stack is None or disk.remains is None or not disk.exports:
-        phase = disk.phase if disk.successor is None else "being upgraded"
-        raise ControlError(f"disk '{disk.name}' is {phase}; nothing of it can be set", Exit.BUSY)
+        raise ControlError(f"disk '{disk.name}' is {disk.doing}; nothing of it can be set", Exit.BUSY)
     disk.spec = settings.change(disk.stack, disk.spec, values)
     disk.remains.settings |= values  # a successor goes on with them
-    disk.remains.write()
-    disk.write_state()
+    try:
+        disk.remains.write()
+        disk.write_state()
+    except ControlError as error:
+        raise ControlError(f"it is set, but the disk's next server will not know it: {error}", error.exit_code) from error
     log.info("disk '%s' has settings %s", disk.name, " ".join(f"{key}={value}" for key, value in values.items()))
     return settings.facts(disk.stack)
 
@@ -40,7 +42,7 @@ async def resize(disk: Disk, size: object) -> int:
         raise ControlError(f"size: {size!r} is not usable; accepted are positive numbers of bytes", Exit.USAGE)
     async with disk.changing:
         if disk.stack is None or not disk.exports:
-            raise ControlError(f"disk '{disk.name}' is {disk.phase}; it cannot be resized", Exit.BUSY)
+            raise ControlError(f"disk '{disk.name}' is {disk.doing}; it cannot be resized", Exit.BUSY)
         reached("resizing")
         info = await disk.stack.resize(size)
         reached("resized")

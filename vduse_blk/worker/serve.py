@@ -82,6 +82,7 @@ class Worker:
                 disk.predecessor = self._find_predecessor(wanted)
                 disk.remains = Remains(disk.name, disk.spec.source)
                 disk.was_open |= disk.remains.was_served
+                self._kept = disk.was_open  # until it is served again, what an earlier server left is not ours to remove
                 disk.write_state()
                 reached("locked")
                 if any(export.exporter.for_this_host for export in wanted):
@@ -93,6 +94,7 @@ class Worker:
                 self._catch_signals()
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start(wanted)
+                self._kept = False
                 return await self._run_to_the_end()
         finally:
             self._leave_directory()
@@ -186,8 +188,8 @@ class Worker:
                     await self._stop_exports()
                 if not disk.is_left():
                     await disk.close_storage(abandon=True)
-                if disk.was_open and self._keeps:
-                    self._kept = True
+                self._kept = disk.was_open and self._keeps
+                if self._kept:
                     disk.phase = "failed"
                     disk.note_state()
             except Exception:

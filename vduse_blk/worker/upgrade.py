@@ -54,7 +54,7 @@ async def give(disk: Disk, command: object, patience: object) -> dict[str, Any]:
     async with disk.changing:
         stack, name = disk.stack, disk.name
         if stack is None or disk.phase != "serving":
-            raise ControlError(f"disk '{name}' is {disk.phase}; it cannot be upgraded", Exit.BUSY)
+            raise ControlError(f"disk '{name}' is {disk.doing}; it cannot be upgraded", Exit.BUSY)
         if stack.fence is not Fence.OPEN:
             raise ControlError(f"disk '{name}' cannot be upgraded: {stack} ends with its server", Exit.UNSUPPORTED)
         for export in disk.exports:
@@ -70,7 +70,7 @@ async def give(disk: Disk, command: object, patience: object) -> dict[str, Any]:
         started = False
         try:
             disk.successor = new.process.pid
-            disk.note_state()
+            disk.write_state()  # or not at all: the monitor, and `detach --force`, know the new server from there
             version = (await asyncio.to_thread(new.expect, ["ready"], patience)).get("program")
             reached("upgrade-ready")
             began = time.monotonic()
