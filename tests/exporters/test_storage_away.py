@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +19,7 @@ import pytest
 from servers import SIZE, Machine, Server
 
 from vduse_blk.control.errors import Exit
+from vduse_blk.control.process import server_process
 from vduse_blk.control.status import all_disks
 from vduse_blk.testing.driver import IN, IOERR, OK, Request
 from vduse_blk.testing.frontend import FakeFrontend
@@ -186,3 +192,49 @@ def test_what_is_in_flight_at_a_signal_ends_or_waits(away: Away, fails: bool) ->
     assert away.server.process.wait(10) == (Exit.LEFT if fails else Exit.OK)
     statuses = {away.machine.queue.get(request.status_iova, 1)[0] for request in requests}
     assert statuses.isdisjoint({OK, IOERR}) if fails else statuses == {OK}
+
+
+@pytest.mark.parametrize("on_error", ["wait", "retry=2m"])
+def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: str) -> None:
+    """`info` says the whole command: policies, filters and the monitor included. Without them waiting requests would fail,
+    and nobody would start the next server. What it says, typed, serves the disk as before."""
+    image, path = tmp_path / "it's mine.img", tmp_path / "socket"
+    image.write_bytes(bytes(1 << 20))
+    environment = os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}
+
+    def cli(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+
+    def look() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(cli("info", "d", "--json").stdout)
+        return found
+
+    options = [
+        "--on-error",
+        on_error,
+        "--on-full",
+        "wait",
+        "--filter",
+        "faults?on=read&delay=1ms",
+        "--restart",
+        "on-failure",
+    ]
+    made = cli("attach", str(image), "--name", "d", "--export", f"vhost-user:{path}", *options)
+    assert made.returncode == 0, made.stderr
+    before = look()
+    for key in ("monitor", "pid"):
+        with server_process(before[key]) as end:
+            assert end is not None
+            os.kill(before[key], signal.SIGKILL)
+            assert select.select([end], [], [], 10)[0]
+    found = re.search("`vduse-blk ([^`]*)` serves it again", look()["way_out"])
+    assert found is not None
+    try:
+        assert cli(*shlex.split(found[1])).returncode == 0
+        after = look()
+        assert (after["state"], after["policy"]) == ("serving", before["policy"])
+        assert after["filters"][0]["options"] == before["filters"][0]["options"] != ""
+        assert after["monitor"] != before["monitor"]
+    finally:
+        assert cli("detach", "d", "--force").returncode == 0

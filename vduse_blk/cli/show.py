@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping
 from datetime import datetime
@@ -79,7 +80,8 @@ def _looked_at(disk: DiskStatus) -> dict[str, Any]:
     found: dict[str, Any] = import_module("vduse_blk.exporters.vduse.left").look(disk.name)
     if "broken" in found:
         return found
-    if not found and not dying:
+    waited_for = _of_front_ends(disk)
+    if not found and not dying and waited_for is None:
         return {"way_out": f"`vduse-blk detach {disk.name}` removes what is left of it"}
     from vduse_blk import record, registry
     from vduse_blk.block.contract import Fence
@@ -88,25 +90,40 @@ def _looked_at(disk: DiskStatus) -> dict[str, Any]:
     was_killed = "its server was killed and waits in the kernel, probably for storage, until that answers; " if dying else ""
     try:
         known = record.read(disk.name)
-        if known is None:
+        spec = waited_for if known is None else known.spec
+        if spec is None:
             raise ControlError("what it was is not known any more")
-        if registry.backend(parse_source(known.spec.source).backend).fence is not Fence.OPEN:
+        if registry.backend(parse_source(spec.source).backend).fence is not Fence.OPEN:
             raise ControlError("its contents are lost")
     except UserError as e:
         return found | {"way_out": f"{was_killed}{e}: {force} fails its requests and removes it"}
     serves = "waits for its end and serves the disk again" if dying else "serves it again"
-    command = f"`{attach_command(known.spec)}` {serves}"
+    if disk.info.get("monitor"):
+        spec = dataclasses.replace(spec, restart="on-failure")  # which is not on record
+    command = f"`{attach_command(spec)}` {serves}"
     return found | {"way_out": f"{was_killed}{command}; {force} fails its requests and removes it"}
+
+
+def _of_front_ends(disk: DiskStatus) -> WorkerSpec | None:
+    """What the disk is if it was served to front-ends alone: they wait, and the kernel knows nothing of them. Else None."""
+    if not isinstance(disk.info.get("spec"), dict) or disk.info.get("phase") in ("starting", "detaching", None):
+        return None
+    try:
+        spec = WorkerSpec.from_json(json.dumps(disk.info["spec"]))
+    except UserError:
+        return None  # damaged
+    return spec if all(export.startswith("vhost-user:") for export in spec.exports) else None
 
 
 def attach_command(spec: WorkerSpec) -> str:
     """What a person types for such a disk."""
     words = ["vduse-blk", "attach", spec.source, "--name", spec.name]
     words += ["--read-only"] if spec.read_only else []
-    for option in ("queues", "queue_size", "serial", "block_size", "path"):
+    for option in ("queues", "queue_size", "serial", "block_size", "path", "on_error", "on_full", "restart"):
         value = getattr(spec, option)
         if value != WorkerSpec.__dataclass_fields__[option].default:
             words += [f"--{option.replace('_', '-')}", str(value)]
+    words += [word for text in spec.filters for word in ("--filter", text)]
     if spec.exports != ("vduse",):
         words += [word for export in spec.exports for word in ("--export", export)]
     return shlex.join(words)
