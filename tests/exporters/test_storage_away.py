@@ -238,3 +238,32 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
         assert after["monitor"] != before["monitor"]
     finally:
         assert cli("detach", "d", "--force").returncode == 0
+
+
+@pytest.mark.parametrize("how", ["replaced", "cut", "options", "memory"])
+def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None:
+    """A server that was killed is followed by none that would show its front-ends another disk under the old name: another
+    file, lost blocks, zeros for what was in memory. `detach` frees the name."""
+    server = Server(tmp_path, source="memory:1M" if how == "memory" else "")
+    server.kill()
+    if how == "replaced":
+        server.image.rename(tmp_path / "old.img")
+        server.image.write_bytes(bytes(SIZE))
+    elif how == "cut":
+        os.truncate(server.image, SIZE // 2)
+    elif how == "options":
+        server._spec["serial"] = "another"
+    sentence = {
+        "replaced": "not the same file",
+        "cut": "its storage only",
+        "options": "serial: the disk has",
+        "memory": "died with",
+    }
+    with pytest.raises(AssertionError, match=sentence[how]):
+        server.start()
+    assert server.process.wait(10) != 0
+    command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d"]
+    removed = subprocess.run(command, env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}, check=False)
+    assert removed.returncode == (Exit.NOT_FOUND if how == "memory" else Exit.OK)  # it was removed, and that was said
+    server.start()
+    assert server.stop() == Exit.OK

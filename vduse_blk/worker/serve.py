@@ -219,7 +219,7 @@ class Worker:
             queues = spec.queues or (before.queue_count if before is not None else 0)
             exporter = disk.make_exporter(export, stack, queues, adopt=before is not None)
             disk.inode = disk.describe(stack, exporter).inode
-            if exporter.for_this_host:
+            if exporter.for_this_host or not (disk.exports or any(other.exporter.for_this_host for other in wanted)):
                 self._put_on_record(exporter)
             disk.add_export(text, exporter, await exporter.start())
         if disk.predecessor is not None:
@@ -264,7 +264,7 @@ class Worker:
     async def _open_storage(self) -> Stack:
         disk = self._disk
         stack = disk.make_stack()
-        if disk.predecessor is None:
+        if disk.predecessor is None and not (disk.was_open and stack.fence is Fence.LOST):
             await stack.open()
             return stack
         if stack.fence is Fence.LOST:
@@ -307,12 +307,14 @@ class Worker:
         disk = self._disk
         assert disk.stack is not None
         found = disk.describe(disk.stack, exporter)
-        if disk.predecessor is not None:
-            difference = disk.predecessor.difference(found)
+        # Front-ends, of which nothing is left here, connect again to whoever serves the storage under this name.
+        before = record.read(disk.name) if disk.predecessor is None and disk.was_open else disk.predecessor
+        if before is not None:
+            difference = before.difference(found)
             if difference is not None:
                 raise self._not_taken_over(difference)
-            if found.made_with is None and disk.predecessor.made_with is not None:  # the next one may say it again
-                disk.spec = replace(disk.spec, size=disk.predecessor.made_with)
+            if found.made_with is None and before.made_with is not None:  # the next one may say it again
+                disk.spec = replace(disk.spec, size=before.made_with)
                 found = replace(found, spec=disk.spec)
         record.write(found)
         disk.record = found
