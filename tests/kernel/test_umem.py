@@ -173,3 +173,10 @@ def test_upgraded_under_load(tmp_path: Path) -> None:
             assert bounce() == memory
     cli("detach", "t")
     assert_nothing_left()
+
+
+def test_more_in_flight_than_the_area_holds(tmp_path: Path) -> None:
+    """What finds no room waits for some, and is as right as the rest."""
+    with attached(image(tmp_path / "disk.img", 64 * MIB)) as device:
+        fio(device, rw="randwrite", bs="1M", size="48M", direct=1, ioengine="libaio", iodepth=32, verify="crc32c")
+        assert info("t")["bounce"]["size"] < 32 * MIB

@@ -86,7 +86,7 @@ def main() -> None:
             {"index": 1, "size": spec.queue_size, "ready": False, "state": "unused", "counters": {}},
         ],
         "features_offered": ["flush", "discard"], "features_negotiated": ["flush"],
-        "bounce": {"memory": "server", "size": 10 << 20},
+        "bounce": {"memory": "server", "size": 12 << 20},
         "counters": {"read_ops": 7, "write_ops": 0},
     }  # fmt: skip
     while True:

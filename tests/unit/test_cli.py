@@ -617,7 +617,7 @@ class TestInfo:
             "features flush",
             "not taken discard",
             "queues 2 of 256 descriptors; unused: 1",
-            "bounce area 10 MiB of the server's memory",
+            "bounce area 12 MiB of the server's memory",
             "COUNTER TOTAL QUEUE 0 QUEUE 1",
             "read ops 7 7 0",
         ):
