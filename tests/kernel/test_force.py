@@ -212,6 +212,11 @@ def state_of(pid: int) -> str:
     return read_stat(Path(f"/proc/{pid}"))[0]
 
 
+def opens(pid: int, path: str) -> bool:
+    wanted = os.path.realpath(path)
+    return any(os.path.realpath(fd) == wanted for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
 @pytest.mark.parametrize("state", ["T", "D"])
 def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
     """With all that was handed over, stopped or in a call that no signal ends: both servers are killed, and what the new one
@@ -232,6 +237,8 @@ def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
         asking.start()
         wait_until(lambda: notes.read_state("k").get("successor") is not None, "the new server is started")
         successor = notes.read_state("k")["successor"]
+        if state == "D":  # not because it reads a module
+            wait_until(lambda: opens(successor, stuck.path), "the new server opens what does not answer")
         wait_until(lambda: state_of(successor) == state, "the new server hangs")
         with writer(device):
             remove_soon()
