@@ -108,11 +108,14 @@ def _of_front_ends(disk: DiskStatus) -> WorkerSpec | None:
     """What the disk is if it was served to front-ends alone: they wait, and the kernel knows nothing of them. Else None."""
     if not isinstance(disk.info.get("spec"), dict) or disk.info.get("phase") in ("starting", "detaching", None):
         return None
+    from vduse_blk.exports import parse_exports
+
     try:
         spec = WorkerSpec.from_json(json.dumps(disk.info["spec"]))
+        exports = parse_exports(spec.exports)
     except UserError:
         return None  # damaged
-    return spec if all(export.startswith("vhost-user:") for export in spec.exports) else None
+    return None if any(export.exporter.for_this_host for export in exports) else spec
 
 
 def attach_command(spec: WorkerSpec) -> str:
