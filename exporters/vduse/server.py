@@ -504,5 +504,7 @@ class DeviceServer:
         """Whose memory the bounce area is; None: there is none as yet."""
         bounce, refusal = self._bounce, self._bounce_refusal
         if bounce is not None:
-            return {"memory": "server", "size": bounce.size}
+            unheld = next((error for queue in tuple(self._queues.values()) if (error := queue.view().pin_error)), 0)
+            found = {"memory": "server", "size": bounce.size}
+            return found | ({"not_held": os.strerror(unheld)} if unheld else {})
         return None if refusal is None else {"memory": "kernel", "because": refusal}

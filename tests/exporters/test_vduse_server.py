@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from pyvduse.device import Device, IotlbRegion, IovaInfo
 from pyvduse.errors import VduseError
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.native import NullTarget
+from vduse_blk.cli import show
 from vduse_blk.queue import DiskRules, NativeQueue
 from vduse_blk.queue.native import lib as core
 from vduse_blk.testing.driver import FLUSH, IN, IOERR, OK, Buffer, FakeDriver
@@ -440,6 +441,20 @@ def test_the_bounce_area_is_the_servers_memory(kernel: Kernel) -> None:
         assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
         assert kernel.clears_bounced_page()
     assert kernel.registered == []
+
+
+def test_pages_that_rings_may_not_hold_are_told_of(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk works as well, more slowly; the reason is shown."""
+    view = NativeQueue.view
+    monkeypatch.setattr(NativeQueue, "view", lambda queue: replace(view(queue), pin_error=errno.ENOMEM))
+    with Served(kernel) as served:
+        kernel.drive()
+        assert kernel.message(lib.VDUSE_SET_STATUS, 0xF)
+        assert kernel.clears_bounced_page()
+        bounce = {"memory": "server", "size": MIB, "not_held": "Cannot allocate memory"}
+        assert served.server.describe()["bounce"] == bounce
+        text = "1 MiB of the server's memory, looked up for every request: Cannot allocate memory"
+        assert show._bounce_text(bounce) == text
 
 
 def test_memory_that_somebody_left_registered_goes_first(kernel: Kernel) -> None:

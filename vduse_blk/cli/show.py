@@ -211,7 +211,8 @@ def _policy_rows(know: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _bounce_text(bounce: Mapping[str, Any]) -> str:
     if bounce["memory"] == "server":
-        return f"{output.size_text(bounce['size'])} of the server's memory"
+        text = f"{output.size_text(bounce['size'])} of the server's memory"
+        return f"{text}, looked up for every request: {bounce['not_held']}" if "not_held" in bounce else text
     return f"the kernel's memory: {bounce['because']}"
 
 
