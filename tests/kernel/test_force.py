@@ -101,9 +101,17 @@ def test_a_plugin_that_spins(tmp_path: Path) -> None:
         force(tmp_path)
 
 
+def state_of(process: Path) -> str | None:
+    """Of a process or thread, by its directory in ``/proc``; None if it has ended, which it may at any time."""
+    try:
+        return read_stat(process)[0]
+    except OSError:
+        return None
+
+
 def hangs(pid: int) -> bool:
     """Whether a thread of the process waits uninterruptibly."""
-    return any(read_stat(thread)[0] == "D" for thread in Path(f"/proc/{pid}/task").iterdir())
+    return any(state_of(thread) == "D" for thread in Path(f"/proc/{pid}/task").iterdir())
 
 
 def is_open(device: str) -> bool:
@@ -208,10 +216,6 @@ runpy.run_module("vduse_blk.worker", run_name="__main__")
 """The new server of an upgrade, which stops when it has got everything, or reads from a device that does not answer."""
 
 
-def state_of(pid: int) -> str:
-    return read_stat(Path(f"/proc/{pid}"))[0]
-
-
 def opens(pid: int, path: str) -> bool:
     wanted = os.path.realpath(path)
     return any(os.path.realpath(fd) == wanted for fd in Path(f"/proc/{pid}/fd").iterdir())
@@ -239,7 +243,7 @@ def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
         successor = notes.read_state("k")["successor"]
         if state == "D":  # not because it reads a module
             wait_until(lambda: opens(successor, stuck.path), "the new server opens what does not answer")
-        wait_until(lambda: state_of(successor) == state, "the new server hangs")
+        wait_until(lambda: state_of(Path(f"/proc/{successor}")) == state, "the new server hangs")
         with writer(device):
             remove_soon()
         asking.join(60)
@@ -249,7 +253,7 @@ def test_the_new_server_of_an_upgrade_hangs(tmp_path: Path, state: str) -> None:
         device = cli("attach", image(tmp_path / "other.img", 16 * MIB), "--name", "k").stdout.strip()
         check_contents(device, tmp_path / "other.img", b"next")
         stuck.go_on()
-        wait_until(lambda: not Path(f"/proc/{successor}").exists() or state_of(successor) == "Z", "the new server has ended")
+        wait_until(lambda: state_of(Path(f"/proc/{successor}")) in (None, "Z"), "the new server has ended")
         cli("detach", "k")
     finally:
         stuck.remove()
