@@ -676,7 +676,7 @@ def test_memory_comes_and_goes_under_load(make: Make, kind: Kind) -> None:
         into = other.alloc(65536, 512)
         for turn in range(10):
             driver.reset_heap()
-            other.map(disk.iova, pinned=kind.pinned)
+            other.map(disk.iova)
             chain = [header(driver, IN, 0), Buffer(into, 65536, True), status_of(driver)]
             driver.offer(driver.add_chain(chain))
             mine = [driver.request(OUT, 256 + 8 * i, out=noise(4096, turn)) for i in range(8)]

@@ -104,18 +104,16 @@ int uring_register_file(struct uring *ring, int fd)
     return 0;
 }
 
-int uring_reserve_buffers(struct uring *ring, unsigned count)
+int uring_reserve_buffer(struct uring *ring)
 {
     (void)ring;
-    (void)count;
     return 0;
 }
 
 /* Pages are there anyhow: a fixed operation is an ordinary one. */
-int uring_set_buffer(struct uring *ring, unsigned index, void *address, size_t length)
+int uring_set_buffer(struct uring *ring, void *address, size_t length)
 {
     (void)ring;
-    (void)index;
     (void)address;
     (void)length;
     return 0;

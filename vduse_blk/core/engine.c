@@ -448,7 +448,7 @@ static void hold_pages(struct vb_queue *queue)
 {
     struct fixed *fixed = &queue->engine->fixed;
     fixed_adopt(fixed, queue->table);
-    atomic_store(&queue->pinned, fixed->bytes);
+    atomic_store(&queue->pinned, fixed->length);
     atomic_store(&queue->pin_error, fixed->error);
 }
 

@@ -360,11 +360,8 @@ int target_file_prepare(struct target_file *file, struct vblk_req *req, struct u
             sqe->opcode = step.call == STEP_READ ? IORING_OP_READ : IORING_OP_WRITE;
             sqe->addr = (uintptr_t)step.iov->iov_base;
             sqe->len = (uint32_t)step.iov->iov_len; /* TRANSFER_MAX fits */
-            int slot = fixed_find(file->fixed, step.iov->iov_base, step.iov->iov_len);
-            if (slot >= 0) {
-                sqe->opcode = step.call == STEP_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
-                sqe->buf_index = (uint16_t)slot;
-            }
+            if (fixed_holds(file->fixed, step.iov->iov_base, step.iov->iov_len))
+                sqe->opcode = step.call == STEP_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED; /* of buffer 0 */
         } else {
             sqe->addr = (uintptr_t)step.iov;
             sqe->len = step.iov_count;

@@ -113,16 +113,16 @@ int uring_register_file(struct uring *ring, int fd)
     return register_op(ring->fd, IORING_REGISTER_FILES, &fd, 1);
 }
 
-int uring_reserve_buffers(struct uring *ring, unsigned count)
+int uring_reserve_buffer(struct uring *ring)
 {
-    struct io_uring_rsrc_register room = {.nr = count, .flags = IORING_RSRC_REGISTER_SPARSE};
+    struct io_uring_rsrc_register room = {.nr = 1, .flags = IORING_RSRC_REGISTER_SPARSE};
     return register_op(ring->fd, IORING_REGISTER_BUFFERS2, &room, sizeof(room));
 }
 
-int uring_set_buffer(struct uring *ring, unsigned index, void *address, size_t length)
+int uring_set_buffer(struct uring *ring, void *address, size_t length)
 {
     struct iovec piece = {.iov_base = address, .iov_len = length};
-    struct io_uring_rsrc_update2 update = {.offset = index, .data = (uintptr_t)&piece, .nr = 1};
+    struct io_uring_rsrc_update2 update = {.offset = 0, .data = (uintptr_t)&piece, .nr = 1};
     int result = register_op(ring->fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
     return result < 0 ? result : 0;
 }

@@ -37,11 +37,11 @@ enum uring_mode { URING_DEFER_TASKRUN = 0, URING_COOP_TASKRUN, URING_PLAIN };
 int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enum uring_mode mode);
 void uring_close(struct uring *ring);
 int uring_register_file(struct uring *ring, int fd);
-/* Make room for `count` registered buffers, once. 0 or -errno; kernels before 5.19 refuse. */
-int uring_reserve_buffers(struct uring *ring, unsigned count);
-/* Have the kernel hold the pages of [address, address+length), at most 1 GiB, as buffer `index`; NULL: let go of it. 0 or
+/* Make room for the registered buffer, once. 0 or -errno; kernels before 5.19 refuse. */
+int uring_reserve_buffer(struct uring *ring);
+/* Have the kernel hold the pages of [address, address+length), at most 1 GiB, as buffer 0; NULL: let go of it. 0 or
  * -errno. */
-int uring_set_buffer(struct uring *ring, unsigned index, void *address, size_t length);
+int uring_set_buffer(struct uring *ring, void *address, size_t length);
 /* A zeroed SQE, or NULL when the SQ is full: submit first. */
 struct io_uring_sqe *uring_sqe(struct uring *ring);
 unsigned uring_unsent(const struct uring *ring);

@@ -30,7 +30,7 @@ WRITE = int(lib.IOVA_WRITE)
 @dataclass(frozen=True, slots=True)
 class Region:
     """IOVA bytes ``start`` to ``last`` inclusive, mapped at address ``host``; ``access`` is READ | WRITE. ``pinned``: its
-    pages stay the same as long as it is in a table, so queues may have the kernel hold them."""
+    pages stay the same as long as it is in a table, so queues may have the kernel hold them; they do so with one region."""
 
     start: int
     last: int
@@ -48,14 +48,13 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class FdRange:
-    """IOVA bytes ``start`` to ``last`` inclusive, ``offset`` bytes into the file ``fd``. ``pinned``: as of a Region."""
+    """IOVA bytes ``start`` to ``last`` inclusive, ``offset`` bytes into the file ``fd``."""
 
     fd: int
     start: int
     last: int
     offset: int
     access: int
-    pinned: bool = False
 
 
 class SharedArea:
@@ -250,7 +249,7 @@ def _map(new: FdRange) -> Region:
     if not address:
         raise OSError(error[0], f"mmap of IOVA {new.start:#x}-{new.last:#x}: {os.strerror(error[0])}")
     base = int(ffi.cast("uintptr_t", address))
-    return Region(new.start, new.last, base + skip, new.access, new.pinned, True, base, length)
+    return Region(new.start, new.last, base + skip, new.access, False, True, base, length)
 
 
 def _unmap(region: Region) -> None:
