@@ -50,16 +50,17 @@ _QUEUES_DEFAULT = 8
 """At most; one per CPU below that."""
 
 
-_BOUNCE_LEAST = 12 * _MIB
+_BOUNCE_LEAST = 20 * _MIB
 _BOUNCE_MOST = 1024 * _MIB
 _BOUNCE_PER_ENTRY = 8 * 1024
 
 
 def bounce_size(queues: int, queue_size: int) -> int:
-    """Bytes of bounce area, all of which the server keeps in memory. Room for 10 requests of 1 MiB at once, and for half of
-    what all queues can hold of 4 KiB (each takes four pages: data, header, status, table). A driver that finds no room tries
-    again 3 ms later; a single request must fit by itself, or it is tried for ever: the largest that anybody has without
-    asking for it is 4 MiB (Linux 7)."""
+    """Bytes of bounce area, all of which the server keeps in memory. Room for 8 requests of 1 MiB at once (the kernel aligns
+    pieces to their size, and keeps freed ones back for each CPU, so much of it is out of reach), and for half of what all
+    queues can hold of 4 KiB (each takes four pages: data, header, status, table). A driver that finds no room goes on later,
+    in a worker of the kernel that takes the CPU from our queue thread. A single request must fit by itself, or it is tried for
+    ever: the largest that anybody has without asking for it is 4 MiB (Linux 7)."""
     return max(_BOUNCE_LEAST, min(_BOUNCE_MOST, queues * queue_size * _BOUNCE_PER_ENTRY))
 
 

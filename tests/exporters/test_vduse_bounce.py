@@ -21,9 +21,9 @@ def device_of(sysfs: Path) -> Device:
 
 
 def test_the_size_follows_the_queues() -> None:
-    """A server with a few queues keeps 12 MiB, many deep queues get more, and nobody what the kernel would refuse."""
-    assert bounce_size(1, 2) == bounce_size(2, 256) == 12 * MIB
-    assert bounce_size(8, 256) == 16 * MIB
+    """A server with a few queues keeps 20 MiB, many deep queues get more, and nobody what the kernel would refuse."""
+    assert bounce_size(1, 2) == bounce_size(2, 256) == 20 * MIB
+    assert bounce_size(8, 512) == 32 * MIB
     assert bounce_size(64, 32768) == 1024 * MIB
 
 
