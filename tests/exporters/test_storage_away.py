@@ -223,12 +223,16 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
     made = cli("attach", str(image), "--name", "d", "--export", f"vhost-user:{path}", *options)
     assert made.returncode == 0, made.stderr
     before = look()
+    assert re.search(r"^queues +\d+, unused$", cli("info", "d").stdout, re.MULTILINE)  # nobody has connected
     for key in ("monitor", "pid"):
         with server_process(before[key]) as end:
             assert end is not None
             os.kill(before[key], signal.SIGKILL)
             assert select.select([end], [], [], 10)[0]
-    found = re.search("`vduse-blk ([^`]*)` serves it again", look()["way_out"])
+    dead = look()
+    assert dead["log"] == str(tmp_path / "run/d/log")
+    assert dead["monitor"] is None
+    found = re.search("`vduse-blk ([^`]*)` serves it again", dead["way_out"])
     assert found is not None
     try:
         assert cli(*shlex.split(found[1])).returncode == 0
@@ -240,10 +244,10 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
         assert cli("detach", "d", "--force").returncode == 0
 
 
-@pytest.mark.parametrize("how", ["replaced", "cut", "options", "memory"])
+@pytest.mark.parametrize("how", ["replaced", "cut", "options", "source", "memory"])
 def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None:
     """A server that was killed is followed by none that would show its front-ends another disk under the old name: another
-    file, lost blocks, zeros for what was in memory. `detach` frees the name."""
+    file, lost blocks, zeros for what was in memory. What is known of the disk stays, and `detach` frees the name."""
     server = Server(tmp_path, source="memory:1M" if how == "memory" else "")
     server.kill()
     if how == "replaced":
@@ -253,17 +257,35 @@ def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None
         os.truncate(server.image, SIZE // 2)
     elif how == "options":
         server._spec["serial"] = "another"
+    elif how == "source":
+        server._spec["source"] = f"file:{tmp_path / 'other.img'}?size=1M"
+    known = sorted((tmp_path / "run/d").iterdir())
     sentence = {
         "replaced": "not the same file",
         "cut": "its storage only",
         "options": "serial: the disk has",
+        "source": "source: the disk has",
         "memory": "died with",
     }
     with pytest.raises(AssertionError, match=sentence[how]):
         server.start()
     assert server.process.wait(10) != 0
+    if how != "memory":
+        assert sorted((tmp_path / "run/d").iterdir()) == known
+    assert not (tmp_path / "other.img").exists()
     command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d"]
     removed = subprocess.run(command, env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}, check=False)
     assert removed.returncode == (Exit.NOT_FOUND if how == "memory" else Exit.OK)  # it was removed, and that was said
     server.start()
     assert server.stop() == Exit.OK
+
+
+def test_a_socket_goes_with_its_disk(tmp_path: Path) -> None:
+    """`detach` of a dead disk whose state.json is lost removes the socket all the same, so that the path is free."""
+    server = Server(tmp_path)
+    server.kill()
+    (tmp_path / "run/d/state.json").unlink()
+    assert server.socket.exists()
+    command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d"]
+    assert subprocess.run(command, env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}, check=False).returncode == 0
+    assert not server.socket.exists()

@@ -516,9 +516,10 @@ def test_lost_data_stays_lost(tmp_path: Path, machine: Machine, monkeypatch: pyt
 
 
 def test_a_mark_of_lost_data_is_the_storages(tmp_path: Path, machine: Machine) -> None:
-    """Other storage under the name of a disk that died has lost nothing."""
+    """Other storage under the name of a disk that died, and of which nothing else is known, has lost nothing."""
     server = Server(tmp_path)
     server.kill()
+    (tmp_path / "run/d/disk.json").unlink()
     (tmp_path / "run" / "d" / "lost").write_bytes(b"\1\0\0\0")
     server._spec["source"] = f"file:{tmp_path / 'other.img'}?size=8M"
     server.start()
@@ -625,6 +626,23 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
     with server_process(before["monitor"]) as end:
         assert cli("detach", "d").returncode == 0
         assert end is None or select.select([end], [], [], 10)[0]
+
+
+def test_a_stopped_server_is_not_upgraded_later(serve: Serve) -> None:
+    """`upgrade --timeout` is kept, and what nobody waits for any more does not happen when the server goes on."""
+    server = serve()
+    assert server.call("info")["phase"] == "serving"
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        command = [sys.executable, "-P", "-m", "vduse_blk.cli", "upgrade", "d", "--timeout", "1"]
+        assert subprocess.run(command, check=False, timeout=60).returncode == Exit.TIMEOUT
+        assert time.monotonic() - began < 20
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert server.call("info")["phase"] == "serving"  # it has heard all that came before this
+    assert notes.read_events("d") == []
+    assert server.process.poll() is None
 
 
 class Systemd:

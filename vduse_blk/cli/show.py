@@ -17,6 +17,8 @@ from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option
 from vduse_blk.control.errors import ControlError
+from vduse_blk.control.process import is_running
+from vduse_blk.control.rundir import DiskPaths
 from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.control.status import DiskStatus, all_disks, disk_status
 
@@ -64,7 +66,11 @@ def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
     disk = disk_status(name, timeout=10)
     if disk.state in ("dead", "dying", "silent"):
-        disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk)})
+        monitor = {} if is_running(disk.info.get("monitor")) else {"monitor": None}
+        disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk), **monitor})
+    log = DiskPaths.of(name).log
+    if log.exists():  # under a service manager what a server says goes elsewhere
+        disk = dataclasses.replace(disk, info={**disk.info, "log": str(log)})
     if as_json:
         output.print_json({"ok": True, **_as_json(disk)})
         return
@@ -172,6 +178,8 @@ def print_info(disk: DiskStatus) -> None:
         rows.append(("read-only", "yes" if know["read_only"] else "no"))
     if disk.state != "dead" and know.get("pid"):
         rows.append(("server", f"process {know['pid']}"))
+    if know.get("log"):
+        rows.append(("log", str(know["log"])))
     if isinstance(know.get("queues"), list) and know["queues"]:
         rows.append(("queues", _queues_text(know["queues"])))
     if know.get("bounce"):
@@ -251,7 +259,9 @@ def _event_text(event: Mapping[str, Any]) -> str:
 
 def _queues_text(queues: list[Mapping[str, Any]]) -> str:
     """'2 of 256 descriptors', and which of them do not serve requests."""
-    sizes = " or ".join(dict.fromkeys(str(queue.get("size")) for queue in queues))
+    if all(queue.get("state") == "unused" for queue in queues):
+        return f"{len(queues)}, unused"
+    sizes = " or ".join(dict.fromkeys(str(queue.get("size")) for queue in queues if queue.get("size")))
     text = f"{len(queues)} of {sizes} descriptors"
     for state in ("unused", "broken"):
         in_state = [str(queue.get("index")) for queue in queues if queue.get("state") == state]

@@ -23,6 +23,16 @@ def read_stat(process: Path) -> tuple[str, int, int]:
     return words[0].decode("ascii"), int(words[1]), int(words[6])
 
 
+def is_running(pid: object) -> bool:
+    """Whether a process that was noted has not ended. ``pid``: as it was read from a disk's directory, anything."""
+    if type(pid) is not int or pid <= 0:
+        return False
+    try:
+        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def is_dying(name: str) -> bool:
     """Whether the disk's last server was killed and has not ended: a thread of it waits in the kernel, probably for storage,
     and keeps all it had open, the lock of the disk's directory included."""

@@ -243,6 +243,7 @@ class Worker:
         disk = self._disk
         name = disk.name
         if not any(export.exporter.is_left(name) for export in wanted):
+            self._check_front_ends()
             return None
         found = record.read(name)
         if found is None:
@@ -252,6 +253,18 @@ class Worker:
             raise self._not_taken_over(difference)
         disk.was_open = True
         return found
+
+    def _check_front_ends(self) -> None:
+        """Those of a dead server connect again to whoever has its name and socket. Raises ControlError: they would find
+        other storage."""
+        disk = self._disk
+        found = record.read(disk.name)
+        if found is None or all(export.exporter.for_this_host for export in parse_exports(found.spec.exports)):
+            return
+        difference = found.difference_of_source(disk.spec)
+        if difference is not None:
+            self._kept = True
+            raise self._not_taken_over(difference)
 
     def _not_taken_over(self, why: str) -> ControlError:
         name = self._disk.name
