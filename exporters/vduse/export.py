@@ -59,8 +59,8 @@ def bounce_size(queues: int, queue_size: int) -> int:
     """Bytes of bounce area, all of which the server keeps in memory. Room for 8 requests of 1 MiB at once (the kernel aligns
     pieces to their size, and keeps freed ones back for each CPU, so much of it is out of reach), and for half of what all
     queues can hold of 4 KiB (each takes four pages: data, header, status, table). A driver that finds no room goes on later,
-    in a worker of the kernel that takes the CPU from our queue thread. A single request must fit by itself, or it is tried for
-    ever: the largest that anybody has without asking for it is 4 MiB (Linux 7)."""
+    in a worker of the kernel that takes the CPU from our queue thread. A single request must fit by itself, or it is tried
+    for ever: the largest that anybody has without asking for it is 4 MiB (Linux 7)."""
     return max(_BOUNCE_LEAST, min(_BOUNCE_MOST, queues * queue_size * _BOUNCE_PER_ENTRY))
 
 
