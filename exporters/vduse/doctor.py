@@ -357,17 +357,26 @@ def check_page_size(size: int) -> Finding:
 
 
 def check_memlock(root: Path, soft: int, hard: int) -> Finding:
-    """A server locks its memory so that it never waits for a disk it serves."""
-    if effective_capabilities(root) >> 14 & 1:  # CAP_IPC_LOCK
-        return Finding("locked memory", "ok", "unlimited (CAP_IPC_LOCK)")
+    """A server locks its memory so that it never waits for a disk it serves, and gives the kernel some as bounce area, for
+    which the limit counts whatever the server is allowed otherwise."""
+    have = effective_capabilities(root)
+    may_lock, may_raise = have >> 14 & 1, have >> 24 & 1  # CAP_IPC_LOCK, CAP_SYS_RESOURCE
+    if may_lock and may_raise:
+        return Finding("locked memory", "ok", "unlimited (CAP_IPC_LOCK and CAP_SYS_RESOURCE)")
     limit = hard if hard == resource.RLIM_INFINITY else max(soft, hard)
     if limit == resource.RLIM_INFINITY or limit >= MEMLOCK_WANTED:
         return Finding("locked memory", "ok", "limit is high enough")
+    what = (
+        "data passes through the kernel's memory instead of the server's, more slowly"
+        if may_lock
+        else "under memory pressure a server may wait for its own disk"
+    )
     return Finding(
         "locked memory",
         "warn",
-        f"limited to {limit >> 10} KiB; under memory pressure a server may wait for its own disk",
-        f"raise the limit (`ulimit -l {MEMLOCK_WANTED >> 10}`, a unit's LimitMEMLOCK=) or grant CAP_IPC_LOCK",
+        f"limited to {limit >> 10} KiB: {what}",
+        f"raise the limit (`ulimit -l {MEMLOCK_WANTED >> 10}`, a unit's LimitMEMLOCK=), or grant CAP_IPC_LOCK and "
+        "CAP_SYS_RESOURCE",
     )
 
 

@@ -204,13 +204,16 @@ def test_page_size() -> None:
     ("capabilities", "hard", "level"),
     [
         (ALL_CAPABILITIES, 0, "ok"),
+        ("1004000", 0, "ok"),
         ("0", resource.RLIM_INFINITY, "ok"),
         ("0", doctor.MEMLOCK_WANTED, "ok"),
         ("0", 8 << 20, "warn"),
+        ("4000", 8 << 20, "warn"),
+        ("1000000", 8 << 20, "warn"),
     ],
 )
 def test_locked_memory(root: Path, capabilities: str, hard: int, level: str) -> None:
-    """CAP_IPC_LOCK or a high limit is wanted."""
+    """A high limit is wanted, or the capabilities to pass it by and to raise it."""
     write(root, "proc/self/status", f"CapEff:\t{capabilities}\n")
     assert doctor.check_memlock(root, 65536, hard).level == level
 
