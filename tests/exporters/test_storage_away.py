@@ -244,7 +244,7 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
         assert cli("detach", "d", "--force").returncode == 0
 
 
-@pytest.mark.parametrize("how", ["replaced", "cut", "options", "source", "memory"])
+@pytest.mark.parametrize("how", ["replaced", "cut", "options", "source", "damaged", "memory"])
 def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None:
     """A server that was killed is followed by none that would show its front-ends another disk under the old name: another
     file, lost blocks, zeros for what was in memory. What is known of the disk stays, and `detach` frees the name."""
@@ -259,12 +259,15 @@ def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None
         server._spec["serial"] = "another"
     elif how == "source":
         server._spec["source"] = f"file:{tmp_path / 'other.img'}?size=1M"
+    elif how == "damaged":
+        (tmp_path / "run/d/disk.json").write_text("{")
     known = sorted((tmp_path / "run/d").iterdir())
     sentence = {
         "replaced": "not the same file",
         "cut": "its storage only",
         "options": "serial: the disk has",
         "source": "source: the disk has",
+        "damaged": "cannot be trusted",
         "memory": "died with",
     }
     with pytest.raises(AssertionError, match=sentence[how]):

@@ -258,12 +258,12 @@ class Worker:
         """Those of a dead server connect again to whoever has its name and socket. Raises ControlError: they would find
         other storage."""
         disk = self._disk
+        self._kept = True  # one that cannot be read is not ours to remove, either
         found = record.read(disk.name)
         if found is None or all(export.exporter.for_this_host for export in parse_exports(found.spec.exports)):
             return
         difference = found.difference_of_source(disk.spec)
         if difference is not None:
-            self._kept = True
             raise self._not_taken_over(difference)
 
     def _not_taken_over(self, why: str) -> ControlError:
