@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vduse_blk.block.holders import Holder, command_of, holders_of, locks_on
+from vduse_blk.block.holders import Holder, command_of, holders_of, locks_on, take_sockets
 
 ROOT_MOUNT = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"
 
@@ -349,6 +350,36 @@ def test_locks_of_others_are_found_and_our_own_is_not(tmp_path: Path) -> None:
             process.stdin.close()
             process.wait(10)
             process.stdout.close()
+
+
+def test_sockets_that_a_process_was_given_are_not_its_own(tmp_path: Path) -> None:
+    """Where it listens, and who has come there; not its standard output, nor whom it has connected to."""
+    given, ours = socket.socketpair()
+    with given, ours, socket.socket(socket.AF_UNIX) as elsewhere:
+        elsewhere.bind(str(tmp_path / "elsewhere"))
+        elsewhere.listen()
+        code = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen();"
+            "c = socket.socket(socket.AF_UNIX); c.connect(sys.argv[2]); u = socket.socket();"
+            "print(flush=True); a = s.accept(); print(flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, tmp_path / "own", elsewhere.getsockname()]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=given)
+        assert process.stdin is not None
+        with socket.socket(socket.AF_UNIX) as guest:
+            assert ours.recv(1) == b"\n"
+            guest.connect(str(tmp_path / "own"))
+            assert ours.recv(1) == b"\n"
+            taken = take_sockets(process.pid)
+            assert {one.getsockname() for one in taken} == {str(tmp_path / "own")}
+            assert len(taken) == 2
+            for one in taken:
+                with one:
+                    one.shutdown(socket.SHUT_RDWR)
+            assert guest.recv(1) == b""
+        process.stdin.close()
+        assert process.wait(10) == 0
+        assert take_sockets(process.pid) == []
 
 
 def test_a_process_that_is_gone_has_no_name() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -150,6 +151,30 @@ def take_from(pid: int, path: str, *, root: Path = _ROOT) -> int | None:
     if refused is not None:
         raise refused
     return None
+
+
+def take_sockets(pid: int, *, root: Path = _ROOT) -> list[socket.socket]:
+    """Duplicates of the unix sockets at which process ``pid`` listens and of the connections made there; not of those it was
+    given by whoever started it, or has connected. Raises OSError as ``linux.take_descriptor``."""
+    taken = []
+    for task in (pid, *map(int, _tasks(pid, root))):
+        numbers = _list(f"{root}/proc/{task}/fd")
+        for number in numbers:
+            try:
+                if not os.readlink(f"{root}/proc/{task}/fd/{number}").startswith("socket:"):
+                    continue
+                one = socket.socket(fileno=take_descriptor(task, int(number)))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EBADF):
+                    raise
+                continue
+            if one.family == socket.AF_UNIX and one.getsockname():
+                taken.append(one)
+            else:
+                one.close()
+        if numbers:  # threads share them; one that has ended has none
+            break
+    return taken
 
 
 def command_of(pid: int, *, root: Path = _ROOT) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Final
 import click
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.block.holders import take_from
+from vduse_blk.block.holders import take_from, take_sockets
 from vduse_blk.cli import output
 from vduse_blk.cli.completion import complete_names
 from vduse_blk.cli.options import json_option, timeout_option
@@ -139,10 +140,12 @@ def _by_force(client: Client, end: int | None, patience: float) -> Taken:
         return Taken()
     # Before it is killed: a thread that waits in the kernel would keep both for as long as it waits, without an owner.
     paths, pid, device = rundir.DiskPaths.of(client.name), client.server_pid, _device_of(client.name)
+    sockets: list[socket.socket] = []
     try:
         taken = Taken(lock=take_from(pid, str(paths.directory)))
         if device is not None:
             taken.node = take_from(pid, f"/dev/vduse/{device}")
+        sockets = take_sockets(pid)
     except PermissionError:
         taken = Taken()  # a host that lets nobody trace: then it must end by itself
     with _successor(client.name, pid) as successor:
@@ -154,6 +157,9 @@ def _by_force(client: Client, end: int | None, patience: float) -> Taken:
                 signal.pidfd_send_signal(process, signal.SIGKILL)
         until = time.monotonic() + KILL_SECONDS
         all_ended = all(ended(process, until - time.monotonic()) for process in servers)
+    for one in sockets:  # if it has not ended, front-ends would wait for its answers, and nobody could listen there
+        with one, suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
     if not all_ended:
         output.say("it has not ended yet: it waits in the kernel, probably for its storage")
     elif taken.node is not None:
