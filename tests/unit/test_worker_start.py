@@ -69,3 +69,46 @@ def test_each_lack_of_an_inode_is_one_sentence(tmp_path: Path) -> None:
         lacking.append(found[1])
     wanted = ("", "/log", "/state.json", "/control.new", "/lost", "/served.json", "/disk.json", "/state.json")
     assert lacking == [f"d{file}" for file in wanted]
+
+
+READ_ONLY = """
+run=$1 python=$2
+vduse_blk() { "$python" -P -m vduse_blk.cli "$@" 2>&1; echo "= $?"; }
+disk="$run-disk --name d --export vhost-user:$run-socket"
+truncate -s 1M "$run-disk"
+mount -t tmpfs -o mode=755 none "$run" || exit 99
+vduse_blk attach $disk > /dev/null
+kill -9 "$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["pid"])' "$run/d/state.json")"
+mount -o remount,ro "$run" || exit 99
+for words in "attach memory:1M --name e" "attach $disk" "serve $disk" "detach d"; do
+    vduse_blk $words
+done
+mount -o remount,rw "$run"
+vduse_blk attach $disk > /dev/null
+vduse_blk detach d
+ls -A "$run"
+"""
+"""A disk whose server was killed, while the run directory cannot be written to and afterwards. What was said, and the exit
+status, of each command that matters is on standard output."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_run_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    """For a new disk, for whoever takes over and for `detach`; and when it can be written again all is as it was."""
+    run = tmp_path / "run"
+    run.mkdir()
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", READ_ONLY, "bash", run, sys.executable],
+        env=os.environ | {"VDUSE_BLK_RUN": str(run)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    why = "Read-only file system\n= 1\n"
+    assert done.stdout == (
+        f"vduse-blk: cannot create {run}/e: {why}"
+        f"vduse-blk: cannot write {run}/d/log: {why}"
+        f"vduse-blk: cannot write {run}/d/state.json: {why}"
+        f"vduse-blk: cannot remove {run}/d: {why}"
+        "= 0\n"
+    )

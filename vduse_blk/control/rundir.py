@@ -238,7 +238,7 @@ def remove_directory(
     Anybody else leaves it out; then False is returned, and nothing is touched, if a server lives, which is
     certain only after ``patience`` seconds (see ``lock_directory``). With ``opened_fd`` (of
     ``open_directory``; it stays open) a directory made since under the same name is left alone. Raises
-    ``ControlError`` (exit 4), with nothing touched, if there is a directory in it.
+    ``ControlError`` (exit 4), with nothing touched, if there is a directory in it; (exit 1) if it cannot be removed.
     """
     paths = DiskPaths.of(name)
     given = locked_fd if locked_fd is not None else opened_fd
@@ -256,9 +256,12 @@ def remove_directory(
                 raise ControlError(
                     f"{paths.directory / entry} is in the way: no server makes a directory there; remove it", Exit.BUSY
                 )
-        for entry in entries:
-            os.unlink(entry, dir_fd=fd)
-        os.rmdir(paths.directory)
+        try:
+            for entry in entries:
+                os.unlink(entry, dir_fd=fd)
+            os.rmdir(paths.directory)
+        except OSError as e:
+            raise ControlError(f"cannot remove {paths.directory}: {e.strerror}", Exit.FAILED) from e
     finally:
         if given is None:
             os.close(fd)
