@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vduse_blk.control.client import Client
@@ -29,8 +30,17 @@ _SOCKETS = 4
 class Server:
     """One disk over ``image``, exported at ``socket``."""
 
-    def __init__(self, folder: Path, *, export: str = "", source: str = "", log: bool = False, **spec: Any) -> None:
-        """``export`` stands behind the socket's path; ``source`` instead of an image of SIZE bytes."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        export: str = "",
+        source: str = "",
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **spec: Any,
+    ) -> None:
+        """``export`` stands behind the socket's path; ``source`` instead of an image of SIZE bytes; ``environment`` beside
+        ours, of those that are started until it is changed."""
         self.folder = folder
         self.image = folder / "disk.img"
         self.socket = folder / "socket"
@@ -39,7 +49,7 @@ class Server:
                 self.image.write_bytes(bytes(SIZE))
             source = str(self.image)
         self._spec = {"name": "d", "source": source, "exports": [f"vhost-user:{self.socket}{export}"]} | spec
-        self._environment = os.environ | {"VDUSE_BLK_RUN": str(folder / "run")}
+        self.environment = dict(environment)
         self.log = folder / "log"
         self.start()
 
@@ -52,7 +62,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=self._environment,
+                env=os.environ | {"VDUSE_BLK_RUN": str(self.folder / "run")} | self.environment,
                 pass_fds=(theirs,),
             )
         os.close(theirs)

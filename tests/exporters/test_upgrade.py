@@ -319,11 +319,7 @@ def test_a_front_end_without_a_log_is_left_when_nobody_knows(serve: Serve, machi
 @pytest.mark.parametrize("step", AFTER)
 def test_a_new_server_with_everything_needs_the_old_one_no_more(tmp_path: Path, machine: Machine, step: str) -> None:
     """The old one is killed when it has handed the disk over: the load goes on with the new one."""
-    os.environ[KILL_ENV] = step
-    try:
-        server = Server(tmp_path)
-    finally:
-        del os.environ[KILL_ENV]
+    server = Server(tmp_path, environment={KILL_ENV: step})
     frontend = machine.boot(server)
     load = Load(machine)
     load.wait()
@@ -344,14 +340,11 @@ def test_a_new_server_with_everything_needs_the_old_one_no_more(tmp_path: Path, 
 @pytest.mark.parametrize("step", BEFORE)
 def test_an_old_server_that_dies_early_is_as_dead_as_any(tmp_path: Path, machine: Machine, step: str) -> None:
     """The new one has nothing yet and ends; the disk is attached again as after any crash."""
-    os.environ[KILL_ENV] = step
-    try:
-        server = Server(tmp_path)
-    finally:
-        del os.environ[KILL_ENV]
+    server = Server(tmp_path, environment={KILL_ENV: step})
     with pytest.raises(Hangup):
         upgrade(server)
     assert server.process.wait(10) == -9
+    server.environment.clear()
     server.start()
     frontend = machine.boot(server)
     assert machine.queue.write(0, bytes(4096)) == OK
@@ -629,8 +622,9 @@ def test_the_command_and_the_monitor(tmp_path: Path, machine: Machine) -> None:
 
 
 def test_a_stopped_server_is_not_upgraded_later(serve: Serve) -> None:
-    """`upgrade --timeout` is kept, and what nobody waits for any more does not happen when the server goes on."""
-    server = serve()
+    """`upgrade --timeout` is kept, and what nobody waits for any more does not happen when the server goes on: it would die
+    of it."""
+    server = serve(environment={KILL_ENV: "upgrade-asked"})
     assert server.call("info")["phase"] == "serving"
     server.process.send_signal(signal.SIGSTOP)
     try:

@@ -22,7 +22,8 @@ from servers import BASE, GAP, MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import MAX_PAYLOAD, ProtocolFeature, Request
 
 from vduse_blk.control.client import Client
-from vduse_blk.control.errors import ControlError, Exit
+from vduse_blk.control.errors import ControlError, Exit, Hangup
+from vduse_blk.exporter import KILL_ENV
 from vduse_blk.testing.driver import IN, IOERR, OK, OUT, Buffer, FakeDriver
 from vduse_blk.testing.frontend import LOG_ALL, USER_OFFSET, DirtyLog, FakeFrontend, FrontendQueue, GuestMemory, InflightFile
 from vduse_blk.virtio import Feature
@@ -948,6 +949,31 @@ def test_a_resize_reaches_the_front_end(serve: Serve, machine: Machine, path: st
     assert frontend.capacity() == 2 * SIZE
     exercise(machine.queue, server, sector=SIZE // 512)
     frontend.close()
+
+
+@pytest.mark.parametrize("step", ["resizing", "resized"])
+def test_a_server_that_dies_over_a_resize(tmp_path: Path, machine: Machine, step: str) -> None:
+    """Served again with the same words the disk has the old size or the new one and its data, and can be resized; then
+    nothing of it is left."""
+    server = Server(tmp_path, environment={KILL_ENV: step})
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, b"x" * 4096) == OK
+    with pytest.raises(Hangup):
+        server.call("resize", size=2 * SIZE)
+    assert server.process.wait(10) == -9
+    frontend.close()
+    server.environment.clear()
+    server.start()
+    size = SIZE if step == "resizing" else 2 * SIZE
+    assert server.image.stat().st_size == server.call("info")["size"] == size
+    machine.queue.reset_ring()
+    frontend = machine.boot(server)
+    assert frontend.capacity() == size
+    assert machine.queue.read(0, 4096) == (OK, b"x" * 4096)
+    assert server.call("resize", size=4 * SIZE)["size"] == 4 * SIZE
+    frontend.close()
+    assert server.stop() == 0
+    assert not (tmp_path / "run/d").exists()
 
 
 def test_a_front_end_without_a_channel_sees_the_new_size_when_it_asks(serve: Serve, machine: Machine) -> None:

@@ -26,6 +26,7 @@ from vduse_blk.control.errors import ControlError, Exit
 from vduse_blk.control.process import is_dying
 from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.control.status import disk_status
+from vduse_blk.exporter import KILL_ENV
 
 HERE = Path(__file__).parent
 
@@ -599,6 +600,16 @@ class TestLeaving:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == Exit.LEFT
         assert "it is mounted on /mnt. The server ends" in server.log
+        assert notes.read_state("d")["phase"] == "left"
+        server = start(**KEPT)
+        server.until("serving")
+
+    def test_a_server_that_dies_when_it_has_left_has_left(self, start: Start, run_dir: Path) -> None:
+        how = {"FAKE_USED": "1", KILL_ENV: "left"}
+        server = start(**KEPT, **how, prepare=heeding(signal.SIGTERM))
+        server.until("serving")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == -signal.SIGKILL
         assert notes.read_state("d")["phase"] == "left"
         server = start(**KEPT)
         server.until("serving")
