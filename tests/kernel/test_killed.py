@@ -19,13 +19,18 @@ MIB = 1 << 20
 
 ATTACH = ("locked", "opened", "created", "configured", "served", "added", "found", "linked", "serving")
 ADOPT = ("taken", "adopted")  # test_adopt.py
-LEAVE = ("left",)  # test_serve.py
+LEAVE = ("left",)  # tests/unit/test_worker.py
 UPGRADE = (  # tests/exporters/test_upgrade.py, and some in test_upgrade.py
     "upgrade-asked", "upgrade-ready", "drained", "let-go", "sent", "replaced",
     "prepared", "received", "reopened", "restarted", "took-over",
 )  # fmt: skip
 DETACH = ("detaching", "deleted", "closed", "destroyed", "gone")
 RESIZE = ("resizing", "resized")
+
+
+def size_of(device: str) -> int:
+    """Bytes, as the host sees them."""
+    return int(Path("/sys/class/block", Path(device).name, "size").read_text()) * 512
 
 
 def test_every_step_is_in_a_list() -> None:
@@ -78,13 +83,20 @@ def test_server_killed_while_detaching(tmp_path: Path, step: str) -> None:
     assert_nothing_left()
 
 
-def test_server_killed_while_resizing(tmp_path: Path) -> None:
-    """The image has the old size or the new one, and the disk can be attached again."""
+@pytest.mark.parametrize("step", RESIZE)
+def test_server_killed_while_resizing(tmp_path: Path, step: str) -> None:
+    """The image has the old size or the new one; attached again the disk has it, too, and can be resized."""
     disk = image(tmp_path / "disk.img", 16 * MIB)
-    cli("attach", disk, "--name", "k", env={KILL_ENV: "resized"})
+    device = cli("attach", disk, "--name", "k", env={KILL_ENV: step}).stdout.strip()
     assert cli("resize", "k", "32M", check=False).returncode != 0
-    assert cli("detach", "k").returncode == 0
-    assert disk.stat().st_size == 32 * MIB
+    wait_until(lambda: not servers(), "the server is dead")
+    size = (16 if step == "resizing" else 32) * MIB
+    assert disk.stat().st_size == size
+    assert cli("attach", disk, "--name", "k").stdout.strip() == device
+    assert info("k")["size"] == size_of(device) == size
+    cli("resize", "k", "48M")
+    assert disk.stat().st_size == size_of(device) == 48 * MIB
+    cli("detach", "k")
     assert_nothing_left()
 
 
