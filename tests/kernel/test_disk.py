@@ -153,7 +153,7 @@ def test_resize_is_seen_at_once(tmp_path: Path) -> None:
 
 
 def test_detach_refuses_a_disk_in_use_and_names_the_holder(tmp_path: Path) -> None:
-    """Mounted, opened, or under a loop device: exit 4 and the holder's name; --force does it anyway."""
+    """Mounted or opened: exit 4 and the holder's name; --force does it anyway."""
     mount = tmp_path / "mnt"
     mount.mkdir()
     with attached(image(tmp_path / "disk.img", 64 * MIB)) as device:
