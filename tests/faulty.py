@@ -1,4 +1,22 @@
-"""Programs to upgrade to that are not well, for ``python -c``."""
+"""What keeps a server from being well."""
+
+import ctypes
+import struct
+
+
+def forbid_io_uring() -> None:
+    """For this process and for good, with EPERM, as the seccomp profile of a container does."""
+    errno_eperm, allow = 0x00050001, 0x7FFF0000
+    program = [  # load the number; 425 to 427 are io_uring's on every architecture
+        (0x20, 0, 0, 0), (0x35, 0, 2, 425), (0x25, 1, 0, 427), (0x06, 0, 0, errno_eperm), (0x06, 0, 0, allow),
+    ]  # fmt: skip
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for words in ((38, 1, 0, 0, 0), (22, 2, filter_program, 0, 0)):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+        if libc.prctl(*words) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+
 
 WITHOUT_THREADS = """
 import errno, runpy
@@ -11,4 +29,4 @@ def refuse(self, setup, iova):
 NativeQueue.start = refuse
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
-"""A new server that gets no thread for its second queue."""
+"""For ``python -c``: a new server that gets no thread for its second queue."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import struct
 import subprocess
 import sys
 import threading
@@ -16,24 +14,11 @@ from pathlib import Path
 import pytest
 from disks import BLOCK, BY_NAME, DISK_FS, MIB, Disk, Kind, LoopDevice
 
+from tests.faulty import forbid_io_uring
 from vduse_blk.core._core import lib
 from vduse_blk.testing.driver import FLUSH, IN, OK, OUT
 
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
-
-
-def forbid_io_uring() -> None:
-    """For this process and for good, with EPERM, as the seccomp profile of a container does."""
-    errno_eperm, allow = 0x00050001, 0x7FFF0000
-    program = [  # load the number; 425 to 427 are io_uring's on every architecture
-        (0x20, 0, 0, 0), (0x35, 0, 2, 425), (0x25, 1, 0, 427), (0x06, 0, 0, errno_eperm), (0x06, 0, 0, allow),
-    ]  # fmt: skip
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for words in ((38, 1, 0, 0, 0), (22, 2, filter_program, 0, 0)):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
-        if libc.prctl(*words) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
 
 
 def threads() -> int:

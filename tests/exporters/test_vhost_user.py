@@ -686,17 +686,21 @@ def marks(area: InflightFile) -> int:
     )
 
 
-@both_paths
-def test_a_killed_server_loses_nothing(serve: Serve, path: str) -> None:
+@pytest.mark.parametrize(("path", "ring"), [("native", True), ("native", False), ("plugin", True)])
+def test_a_killed_server_loses_nothing(serve: Serve, tmp_path: Path, path: str, ring: bool) -> None:
     """Killed again and again under load on two queues; each time the next server finishes what was in flight. Every request
-    is answered once and with success, and the storage holds what was written."""
-    server = serve(path=path, queues=2)
+    is answered once and with success, and the storage holds what was written. So it is where io_uring is forbidden."""
+    (tmp_path / "sitecustomize.py").write_text("import tests.faulty; tests.faulty.forbid_io_uring()")
+    without_ring = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[2]}"}
+    server = serve(path=path, queues=2, environment={} if ring else without_ring)
     machine = Machine(queues=2)
     frontend = machine.boot(server)
     area = frontend.get_inflight(2, 128)
     frontend.close()
     until_alone(server)
     frontend = machine.boot(server, inflight=area)
+    links = [os.readlink(fd) for fd in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+    assert ("anon_inode:[io_uring]" in links) == (ring and path == "native")
     chance = random.Random(9)
     turns = found = 0
     written: dict[int, bytes] = {}
