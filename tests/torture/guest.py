@@ -321,7 +321,7 @@ class Load:
 
 
 class Progress:
-    """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something is wrong, with either
+    """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something has failed, with either
     disk."""
 
     def __init__(self, kills: int) -> None:
@@ -335,6 +335,17 @@ class Progress:
             if time.monotonic() - self._told > 15:
                 self._told = time.monotonic()
                 print(f"torture: {self._done} of {self._kills} kills", flush=True)
+
+    def fail(self, why: str) -> None:
+        """Whoever waits for a request that nobody answers waits for ever, and so would the end of a run."""
+        self.is_over = True
+        end = threading.Timer(_PATIENCE, self._end, [why])
+        end.daemon = True
+        end.start()
+
+    def _end(self, why: str) -> None:
+        print(f"torture: failed after {self._done} kills: {why}", flush=True)
+        os._exit(1)
 
     def check_kernel(self) -> None:
         """Raises Wrong with what it has complained of since we began."""
@@ -361,7 +372,7 @@ def torment(disk: Ours | Qsd, where: Path, kills: int, chance: random.Random, co
         raise Wrong(f"{disk.name}: {type(error).__name__}: {error}") from error
     except Wrong as wrong:
         print(f"torture: {disk.name}, after {counts['kills']} kills: {wrong}", flush=True)
-        done.is_over = True
+        done.fail(str(wrong))
         raise
     finally:
         load.end()
