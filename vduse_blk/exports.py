@@ -24,22 +24,28 @@ class ExportSpec:
     own: CommonOptions
     read_only: bool
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Two exports that have the same cannot be there at once."""
+        name = place_of(self.exporter.Options)
+        place = "" if name is None else str(getattr(self.own, name))
+        return self.kind, os.path.realpath(place) if name == "path" else place
+
 
 def parse_exports(texts: Sequence[str]) -> list[ExportSpec]:
     """Understand the exports of one disk. The first may write, the others not, unless they say so. Raises UserError."""
     specs: list[ExportSpec] = []
-    places: set[tuple[str, object]] = set()
+    places: set[tuple[str, str]] = set()
     for text in texts:
         kind, colon, rest = text.partition(":")
         exporter = registry.exporter(_name_of(kind))
         own = make_options(kind, exporter.Options, parse_uri("export", kind, exporter.Options, rest) if colon else {})
-        place = place_of(exporter.Options)
-        key = (kind, None if place is None else getattr(own, place))
-        if key in places:
-            raise UserError(f"export: '{text}' is given twice; leave one out")
-        places.add(key)
         writable = own.writable if own.writable is not None else not specs
-        specs.append(ExportSpec(kind, exporter, own, not writable))
+        spec = ExportSpec(kind, exporter, own, not writable)
+        if spec.place in places:
+            raise UserError(f"export: '{text}' is given twice; leave one out")
+        places.add(spec.place)
+        specs.append(spec)
     return specs
 
 

@@ -244,7 +244,7 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
         assert cli("detach", "d", "--force").returncode == 0
 
 
-@pytest.mark.parametrize("how", ["replaced", "cut", "options", "source", "damaged", "memory"])
+@pytest.mark.parametrize("how", ["replaced", "cut", "options", "source", "memory", "damaged", "forgotten"])
 def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None:
     """A server that was killed is followed by none that would show its front-ends another disk under the old name: another
     file, lost blocks, zeros for what was in memory. What is known of the disk stays, and `detach` frees the name."""
@@ -261,26 +261,52 @@ def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None
         server._spec["source"] = f"file:{tmp_path / 'other.img'}?size=1M"
     elif how == "damaged":
         (tmp_path / "run/d/disk.json").write_text("{")
-    known = sorted((tmp_path / "run/d").iterdir())
+    elif how == "forgotten":
+        (tmp_path / "run/d/served.json").write_text("{")
+        server._spec["serial"] = "another"
+    known = sorted(path.name for path in (tmp_path / "run/d").iterdir())
+    state = (tmp_path / "run/d/state.json").read_text()
     sentence = {
         "replaced": "not the same file",
         "cut": "its storage only",
         "options": "serial: the disk has",
         "source": "source: the disk has",
-        "damaged": "cannot be trusted",
         "memory": "died with",
+        "damaged": "cannot be trusted",
+        "forgotten": "serial: the disk has",
     }
     with pytest.raises(AssertionError, match=sentence[how]):
         server.start()
     assert server.process.wait(10) != 0
     if how != "memory":
-        assert sorted((tmp_path / "run/d").iterdir()) == known
+        assert sorted(path.name for path in (tmp_path / "run/d").iterdir()) == known
+        assert (tmp_path / "run/d/state.json").read_text() == state
     assert not (tmp_path / "other.img").exists()
     command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d"]
     removed = subprocess.run(command, env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}, check=False)
     assert removed.returncode == (Exit.NOT_FOUND if how == "memory" else Exit.OK)  # it was removed, and that was said
     server.start()
     assert server.stop() == Exit.OK
+
+
+def test_a_dead_disk_keeps_its_socket(tmp_path: Path) -> None:
+    """Front-ends of a disk that has lost its server connect again to its socket, so no other disk gets that, however the path
+    is written, until the dead one is detached."""
+    server = Server(tmp_path)
+    server.kill()
+    other = {"name": "e", "source": "null:1M", "exports": [f"vhost-user:{tmp_path}/../{tmp_path.name}/socket"]}
+    mine, server._spec = server._spec, server._spec | other
+    with pytest.raises(AssertionError, match="front-ends wait for disk 'd'"):
+        server.start()
+    assert server.process.wait(10) == Exit.BUSY
+    assert not (tmp_path / "run/e").exists()
+    command = [sys.executable, "-P", "-m", "vduse_blk.cli", "detach", "d"]
+    assert subprocess.run(command, env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")}, check=False).returncode == 0
+    server.start()
+    server.kill()
+    server._spec = mine
+    with pytest.raises(AssertionError, match="front-ends wait for disk 'e'"):
+        server.start()
 
 
 def test_a_socket_goes_with_its_disk(tmp_path: Path) -> None:

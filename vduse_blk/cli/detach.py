@@ -228,15 +228,14 @@ def _without_server(name: str, force: bool, taken: Taken | None = None) -> None:
 
 def _remove_sockets(name: str) -> None:
     """Those of the dead server's exports that are sockets; not one behind which somebody listens."""
-    specification = notes.read_state(name).get("spec")
-    exports = specification.get("exports") if isinstance(specification, dict) else None
-    if not isinstance(exports, list):
-        from vduse_blk import record
+    from vduse_blk import record
 
-        with suppress(ControlError):
-            known = record.read(name)
-            exports = known.spec.exports if known is not None else ()
-    for export in exports or ():
+    known = None
+    with suppress(ControlError):
+        known = record.read(name)
+    specification = notes.read_state(name).get("spec") if known is None else {"exports": list(known.spec.exports)}
+    exports = specification.get("exports") if isinstance(specification, dict) else None
+    for export in exports if isinstance(exports, list) else ():
         if not str(export).startswith("vhost-user:"):
             continue
         try:

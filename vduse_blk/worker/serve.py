@@ -61,6 +61,8 @@ class Worker:
         self._given_up: str | None = None
         self._end = Exit.OK
         self._keeps = True
+        self._before: dict[str, Any] = {}
+        """State of a disk that has lost its server, until it is served again."""
         self._kept = False
         """The directory stays for the next server: what an earlier one left, since this start failed (unless the user has
         the disk detached); or what this one leaves, while a front-end waits."""
@@ -83,6 +85,7 @@ class Worker:
                 disk.remains = Remains(disk.name, disk.spec.source)
                 disk.was_open |= disk.remains.was_served
                 self._kept = disk.was_open  # until it is served again, what an earlier server left is not ours to remove
+                self._before = notes.read_state(disk.name) if disk.was_open else {}
                 disk.write_state()
                 reached("locked")
                 if any(export.exporter.for_this_host for export in wanted):
@@ -94,7 +97,7 @@ class Worker:
                 self._catch_signals()
                 self._ready.watch(lambda: self._give_up("nobody waits for the disk any more"))
                 await self._run_start(wanted)
-                self._kept = False
+                self._kept, self._before = False, {}
                 return await self._run_to_the_end()
         finally:
             self._leave_directory()
@@ -159,6 +162,9 @@ class Worker:
 
     def _leave_directory(self) -> None:
         disk = self._disk
+        if self._before and (self._kept or disk.is_left()):
+            with contextlib.suppress(ControlError):  # it is the old one yet, or nothing can be written
+                notes.write_state(disk.name, self._before)  # what our start would have made of it never was
         if not disk.replaced and not self._kept and not disk.is_left():
             rundir.remove_directory(disk.name, locked_fd=disk.lock)
             reached("gone")
@@ -243,7 +249,12 @@ class Worker:
         disk = self._disk
         name = disk.name
         if not any(export.exporter.is_left(name) for export in wanted):
-            self._check_front_ends()
+            try:
+                self._check_front_ends()
+            except BaseException:
+                self._kept = True  # it was a disk, and what is known of it is not ours to remove
+                raise
+            self._check_places(wanted)
             return None
         found = record.read(name)
         if found is None:
@@ -265,6 +276,26 @@ class Worker:
         difference = found.difference_of_source(disk.spec)
         if difference is not None:
             raise self._not_taken_over(difference)
+        disk.was_open = True
+
+    def _check_places(self, wanted: list[ExportSpec]) -> None:
+        """Nor may another name have their socket. Raises ControlError."""
+        places = {export.place for export in wanted if not export.exporter.for_this_host}
+        for name in rundir.disk_names() if places else []:
+            if name == self._disk.name or rundir.is_locked(name):  # who listens is seen when the export starts
+                continue
+            try:
+                found = record.read(name)
+                theirs = [] if found is None else parse_exports(found.spec.exports)
+            except UserError:
+                continue  # nobody knows where it was
+            for export in theirs:
+                if export.place in places:
+                    raise ControlError(
+                        f"export: {export.place[1]} is where front-ends wait for disk '{name}', which has lost its server; "
+                        f"choose another, or `vduse-blk detach {name}` first",
+                        Exit.BUSY,
+                    )
 
     def _not_taken_over(self, why: str) -> ControlError:
         name = self._disk.name
@@ -321,7 +352,7 @@ class Worker:
         assert disk.stack is not None
         found = disk.describe(disk.stack, exporter)
         # Front-ends, of which nothing is left here, connect again to whoever serves the storage under this name.
-        before = record.read(disk.name) if disk.predecessor is None and disk.was_open else disk.predecessor
+        before = record.read(disk.name) if disk.predecessor is None else disk.predecessor
         if before is not None:
             difference = before.difference(found)
             if difference is not None:
