@@ -290,8 +290,8 @@ def test_front_ends_find_the_same_disk_or_none(tmp_path: Path, how: str) -> None
 
 
 def test_a_dead_disk_keeps_its_socket(tmp_path: Path) -> None:
-    """Front-ends of a disk that has lost its server connect again to its socket, so no other disk gets that, however the path
-    is written, until the dead one is detached."""
+    """Front-ends of a disk that has lost its server connect again to its socket, so no other disk gets that, however
+    the path is written, until the dead one is detached."""
     server = Server(tmp_path)
     server.kill()
     other = {"name": "e", "source": "null:1M", "exports": [f"vhost-user:{tmp_path}/../{tmp_path.name}/socket"]}

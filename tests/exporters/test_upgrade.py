@@ -352,6 +352,31 @@ def test_an_old_server_that_dies_early_is_as_dead_as_any(tmp_path: Path, machine
     assert server.stop() == Exit.OK
 
 
+def test_a_new_server_whose_old_one_has_ended_says_so(tmp_path: Path) -> None:
+    """An old server that is killed while the new one imports everything is no bug of the new one's."""
+    (tmp_path / "run/d").mkdir(mode=0o700, parents=True)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(4096))
+    ours, theirs = socket.socketpair()
+    ours.close()
+    export = f"vhost-user:{tmp_path / 'socket'}"
+    spec = {"name": "d", "source": str(image), "exports": [export], "upgrade_fd": theirs.fileno()}
+    new = subprocess.run(
+        COMMAND,
+        input=json.dumps(spec),
+        env=os.environ | {"VDUSE_BLK_RUN": str(tmp_path / "run")},
+        pass_fds=(theirs.fileno(),),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    theirs.close()
+    assert new.returncode == Exit.FAILED
+    assert "the old server has not handed the disk over" in new.stderr
+    assert "Traceback" not in new.stderr
+
+
 def test_a_new_server_that_dies_when_the_disk_is_its_own(tmp_path: Path, machine: Machine) -> None:
     """The old one has ended by then or does; the disk is attached again as after any crash."""
     server = Server(tmp_path)

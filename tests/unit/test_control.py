@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -221,6 +222,19 @@ class TestDirectory:
             os.close(rundir.lock_directory("d"))
         assert looks
         assert directory.is_dir()
+
+    def test_a_directory_that_cannot_be_removed_is_named(self) -> None:
+        """On a run directory that has become read-only: not the name of the file in it that came first."""
+        paths = rundir.make_directory("d")
+        paths.log.touch()
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), "log")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", refuse)
+            with pytest.raises(ControlError, match=f"^cannot remove {paths.directory}: Read-only file system$"):
+                rundir.remove_directory("d")
 
     def test_a_file_in_the_way_is_one_sentence(self, run_dir: Path) -> None:
         """A run directory in which a file has the disk's name gives a user error, not a traceback."""

@@ -228,8 +228,8 @@ async def _succeed(disk: Disk, wanted: list[ExportSpec], line: Line, catch_signa
             log.warning("%s", problem)
     catch_signals()
     reached("prepared")
-    line.send({"step": "ready", "version": VERSION, "program": __version__})
     try:
+        line.send({"step": "ready", "version": VERSION, "program": __version__})
         message, fds = await asyncio.to_thread(line.receive)
     except (EOFError, ValueError, OSError) as error:
         raise ControlError(f"the old server has not handed the disk over ({error or 'it is gone'})") from error
