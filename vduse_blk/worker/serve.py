@@ -352,7 +352,7 @@ class Worker:
         assert disk.stack is not None
         found = disk.describe(disk.stack, exporter)
         # Front-ends, of which nothing is left here, connect again to whoever serves the storage under this name.
-        before = record.read(disk.name) if disk.predecessor is None else disk.predecessor
+        before = record.read(disk.name) if disk.predecessor is None and disk.was_open else disk.predecessor
         if before is not None:
             difference = before.difference(found)
             if difference is not None:
