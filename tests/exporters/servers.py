@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from vduse_blk.control.client import Client
 from vduse_blk.testing.frontend import FakeFrontend, FrontendQueue, GuestMemory, InflightFile
@@ -115,6 +115,12 @@ class Server:
                 pass
 
 
+class Listener(Protocol):
+    """Who has a disk's socket."""
+
+    socket: Path
+
+
 class Machine:
     """A virtual machine of the tests: memory and queues, which survive any number of front-ends."""
 
@@ -129,7 +135,7 @@ class Machine:
         for queue in self.queues:
             queue.close()
 
-    def boot(self, server: Server, *, inflight: InflightFile | None = None, **negotiate: Any) -> FakeFrontend:
+    def boot(self, server: Listener, *, inflight: InflightFile | None = None, **negotiate: Any) -> FakeFrontend:
         """Connect and start all queues. ``inflight``: they ran before, with another server; as QEMU, which knows where the
         used ring stands and nothing else."""
         frontend = FakeFrontend.connect(server.socket)

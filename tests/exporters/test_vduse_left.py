@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from vduse_blk.exporters.vduse.left import open_inflight
+from vduse_blk.exporters.vduse import kernel, names
+from vduse_blk.exporters.vduse.left import look, open_inflight
 from vduse_blk.exporters.vduse.server import INFLIGHT_FILE
 
 from pyvduse.device import Device
@@ -61,3 +62,31 @@ def test_a_log_that_cannot_be_trusted_is_not(tmp_path: Path, spoil: Callable[[Pa
     spoil(path)
     with pytest.raises(UserError, match=f"{why}.*`vduse-blk detach d --force`"):
         open_inflight(tmp_path, device)
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_a_device_that_the_kernel_has_given_up(monkeypatch: pytest.MonkeyPatch, waiting: int) -> None:
+    """`info` says plainly what it means, and the one way out: with requests in flight there is none but a reboot."""
+
+    class GivenUp(Kernel):
+        def __enter__(self) -> GivenUp:
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            pass
+
+        def is_broken(self) -> bool:
+            return True
+
+    monkeypatch.setattr(names, "device_of", lambda name: name)
+    monkeypatch.setattr(kernel, "find_disk", lambda device: "vdz")
+    monkeypatch.setattr(kernel, "in_flight", lambda disk: waiting)
+    monkeypatch.setattr(Device, "open", lambda name: GivenUp())
+    found = look("d")
+    assert (found["device"], found["waiting"]) == ("/dev/vdz", waiting)
+    assert "a control message was not answered in time" in found["broken"]
+    if waiting:
+        assert "3 requests are in flight that nobody can answer any more" in found["broken"]
+        assert "reboot" in found["broken"]
+    else:
+        assert "`vduse-blk detach d --force` removes it" in found["broken"]

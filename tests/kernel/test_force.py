@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
+from tests.exporters.servers import Machine
 from tests.kernel.host import (
     CLI,
     RUN,
@@ -39,6 +41,7 @@ from vduse_blk.control import notes
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError
 from vduse_blk.control.process import read_stat
+from vduse_blk.testing.driver import OK, OUT
 
 MIB = 1 << 20
 _STARTS = 4
@@ -181,6 +184,59 @@ def test_a_server_that_hangs_in_the_kernel(tmp_path: Path) -> None:
     finally:
         stuck.remove()
     assert_nothing_left()
+
+
+def test_a_machine_whose_server_hangs_in_the_kernel(tmp_path: Path) -> None:
+    """A disk for virtual machines, with a request that waits for storage: its front-end is hung up on in time, and the next
+    disk of the name at the same socket is served while the killed server still hangs."""
+    stuck = Stuck(image(tmp_path / "stuck.img", 16 * MIB))
+    where = SimpleNamespace(socket=tmp_path / "socket")
+    words = ("--name", "k", "--path", "plugin", "--export", f"vhost-user:{where.socket}")
+    machine, other = Machine(), Machine()
+    try:
+        cli("attach", f"file:{stuck.path}?direct=1", *words)
+        (first,) = servers()
+        frontend = machine.boot(where)
+        stuck.stop()
+        machine.queue.request(OUT, out=bytes(4096))
+        machine.queue.kick()
+        wait_until(lambda: hangs(first), "the server hangs")
+        remove_soon()
+        assert hangs(first), "it took too long to prove anything"
+        assert frontend.gone()
+        frontend.close()
+        assert leftovers("k") == []
+        assert not where.socket.exists()
+        cli("attach", image(tmp_path / "other.img", 16 * MIB), *words)
+        frontend = other.boot(where)
+        assert other.queue.write(0, b"next".ljust(4096)) == OK
+        frontend.close()
+        assert hangs(first), "it took too long to prove anything"
+        cli("detach", "k")
+        stuck.go_on()
+        wait_until(lambda: servers() == [], "the killed server has ended")
+    finally:
+        stuck.remove()
+        machine.close()
+        other.close()
+    assert_nothing_left()
+
+
+def test_a_dead_server_whose_log_is_lost(tmp_path: Path) -> None:
+    """Nobody may take such a disk over, but it goes, with what it has in flight."""
+    disk = image(tmp_path / "disk.img", 16 * MIB)
+    device = cli("attach", disk, "--name", "k").stdout.strip()
+    (server,) = servers()
+    os.kill(server, signal.SIGSTOP)
+    with writer(device):
+        (RUN / "k/inflight").unlink()
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda: info("k")["state"] == "dead", "the server has ended")
+        refused = cli("attach", disk, "--name", "k", check=False)
+        assert refused.returncode == 1
+        assert "inflight" in refused.stderr
+        assert "detach k --force" in refused.stderr
+        force(tmp_path)
 
 
 def test_a_monitor_removes_what_its_hanging_server_kept(tmp_path: Path) -> None:

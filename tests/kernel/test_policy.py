@@ -105,6 +105,28 @@ def test_errors_come_after_the_time_given_and_not_before(storage: Storage, path:
             assert dd.wait(60) == 0
 
 
+def test_under_load_errors_come_in_time(storage: Storage) -> None:
+    """``retry=5s`` under fio: no error while the storage is away for less, the first one after 5 seconds and soon after,
+    and then the load has ended."""
+    load = ["fio", "--name=t", "--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--size=16M"]
+    with attached(f"file:{storage.path}?direct=1", "--on-error", "retry=5s") as device:
+        load += [f"--filename={device}", "--time_based", "--runtime=600"]
+        with subprocess.Popen(load, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+            wait_until(lambda: info("t")["counters"].get("write_ops", 0) > 50, "requests are served")
+            storage.go()
+            wait_until(lambda: waiting() > 0, "requests wait")
+            storage.come_back()
+            wait_until(lambda: waiting() == 0, "nothing waits")
+            before = info("t")["counters"]["write_ops"]
+            wait_until(lambda: info("t")["counters"]["write_ops"] > before + 50, "requests are served again")
+            began = time.monotonic()
+            storage.go()
+            said, _ = fio.communicate(timeout=60)
+            assert 4.5 < time.monotonic() - began < 20  # what was in flight then had begun before, and fio takes time to end
+        assert fio.returncode != 0
+        assert "Input/output error" in said
+
+
 @both_paths
 def test_the_policy_is_changed_while_requests_wait(storage: Storage, path: str) -> None:
     """From ``wait`` to ``fail`` and back."""

@@ -321,8 +321,8 @@ class Load:
 
 
 class Progress:
-    """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something has failed, with either
-    disk."""
+    """How many servers have died, of how many; a line now and then. Any thread. ``is_over``: something has failed, with
+    either disk."""
 
     def __init__(self, kills: int) -> None:
         self._kills, self._done, self._told, self._lock = kills, 0, time.monotonic(), threading.Lock()

@@ -81,10 +81,11 @@ class Worker:
         disk.lock = lock
         try:
             async with AsyncExitStack() as undo:
-                disk.predecessor = self._find_predecessor(wanted)
                 disk.remains = Remains(disk.name, disk.spec.source)
-                disk.was_open |= disk.remains.was_served
+                disk.was_open = disk.remains.was_served
                 self._kept = disk.was_open  # until it is served again, what an earlier server left is not ours to remove
+                disk.predecessor = self._find_predecessor(wanted)
+                self._kept |= disk.was_open
                 self._before = notes.read_state(disk.name) if disk.was_open else {}
                 disk.write_state()
                 reached("locked")
@@ -254,6 +255,7 @@ class Worker:
             except BaseException:
                 self._kept = True  # it was a disk, and what is known of it is not ours to remove
                 raise
+            self._kept |= disk.was_open
             self._check_places(wanted)
             return None
         found = record.read(name)
@@ -269,7 +271,6 @@ class Worker:
         """Those of a dead server connect again to whoever has its name and socket. Raises ControlError: they would find
         other storage."""
         disk = self._disk
-        self._kept = True  # one that cannot be read is not ours to remove, either
         found = record.read(disk.name)
         if found is None or all(export.exporter.for_this_host for export in parse_exports(found.spec.exports)):
             return
