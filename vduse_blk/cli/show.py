@@ -234,7 +234,7 @@ def _filter_text(layer: Mapping[str, Any]) -> str:
             facts.append(f"{key}: {' '.join(f'{name} {count}' for name, count in value.items())}")
         else:
             facts.append(f"{key} {value}")
-    text = f"{layer['name']}?{layer['options']}" if layer.get("options") else str(layer.get("name"))
+    text = f"{layer.get('name')}?{layer['options']}" if layer.get("options") else str(layer.get("name"))
     return f"{text} ({', '.join(facts)})" if facts else text
 
 
@@ -288,4 +288,7 @@ def _print_counters(totals: object, queues: object) -> None:
 def _time_text(started_at: Any) -> str:
     if not isinstance(started_at, int | float):
         return str(started_at)
-    return datetime.fromtimestamp(started_at).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    try:
+        return datetime.fromtimestamp(started_at).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    except (OverflowError, ValueError, OSError):  # no server has written that
+        return str(started_at)

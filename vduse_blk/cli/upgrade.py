@@ -24,7 +24,7 @@ def upgrade(name: str, timeout: float, as_json: bool) -> None:
     fails, the old one goes on.
     """
     with Client(name, timeout) as client:
-        client.call("info")  # one that is stopped would begin when it goes on, though nobody waits for it by then
+        client.call("ping")  # one that is stopped would begin when it goes on, though nobody waits for it by then
         reply = client.call("upgrade", timeout=timeout + _MORE, command=launch.worker_command(), patience=timeout)
     pause = round(reply["pause"] * 1000, 3)
     if as_json:

@@ -99,7 +99,7 @@ def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
             return in_the_way(root)
         if not paths.directory.is_dir():
             return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
-        return NotServed(f"disk '{name}' has no server; its log: {paths.log}", Exit.FAILED)
+        return NotServed(f"disk '{name}' has no server; `vduse-blk info {name}` says what leads out of that", Exit.FAILED)
     if isinstance(error, PermissionError):
         return ControlError(f"{paths.socket}: no permission; run as root", Exit.DENIED)
     if isinstance(error, TimeoutError | BlockingIOError):  # EAGAIN: the backlog of a hung server is full

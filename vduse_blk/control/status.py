@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,7 +52,33 @@ def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
 
 
 def _unanswered(name: str, state: str) -> DiskStatus:
-    return DiskStatus(name, state, read_state(name) | _past(name))
+    return DiskStatus(name, state, _sound(read_state(name)) | _past(name))
+
+
+def _sound(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state can be one that a server has written; a damaged one is no reason to know nothing."""
+    return {
+        key: value
+        for key, value in state.items()
+        if (_SHAPES[key](value) if key in _SHAPES else isinstance(value, str | bool))
+    }
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+_SHAPES: Final[Mapping[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("size", "block_size", "queue_count", "pid", "monitor", "successor"), _is_count),
+    **dict.fromkeys(("policy", "waiting", "spec"), _is_object),
+    "started_at": lambda value: type(value) in (int, float),
+    "filters": lambda value: isinstance(value, list) and all(map(_is_object, value)),
+}
+"""Of what a state holds besides texts and truths (``worker.disk.Disk.summary``)."""
 
 
 def _past(name: str) -> dict[str, Any]:

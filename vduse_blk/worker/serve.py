@@ -299,11 +299,11 @@ class Worker:
                     )
 
     def _not_taken_over(self, why: str) -> ControlError:
-        name = self._disk.name
+        name, wanted = self._disk.name, parse_exports(self._disk.spec.exports)
+        is_left = any(export.exporter.is_left(name) for export in wanted)
+        way_out = f"{name} --force` fails its requests and removes it" if is_left else f"{name}` removes it"
         return ControlError(
-            f"disk '{name}' has lost its server and is not taken over: {why}; "
-            f"`vduse-blk detach {name} --force` fails its requests and removes it",
-            Exit.BUSY,
+            f"disk '{name}' has lost its server and is not taken over: {why}; `vduse-blk detach {way_out}", Exit.BUSY
         )
 
     async def _open_storage(self) -> Stack:
