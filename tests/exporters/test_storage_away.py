@@ -222,19 +222,19 @@ def test_the_way_out_of_a_dead_disk_is_the_same_disk(tmp_path: Path, on_error: s
     ]
     made = cli("attach", str(image), "--name", "d", "--export", f"vhost-user:{path}", *options)
     assert made.returncode == 0, made.stderr
-    before = look()
-    assert re.search(r"^queues +\d+, unused$", cli("info", "d").stdout, re.MULTILINE)  # nobody has connected
-    for key in ("monitor", "pid"):
-        with server_process(before[key]) as end:
-            assert end is not None
-            os.kill(before[key], signal.SIGKILL)
-            assert select.select([end], [], [], 10)[0]
-    dead = look()
-    assert dead["log"] == str(tmp_path / "run/d/log")
-    assert dead["monitor"] is None
-    found = re.search("`vduse-blk ([^`]*)` serves it again", dead["way_out"])
-    assert found is not None
     try:
+        before = look()
+        assert re.search(r"^queues +\d+, unused$", cli("info", "d").stdout, re.MULTILINE)  # nobody has connected
+        for key in ("monitor", "pid"):
+            with server_process(before[key]) as end:
+                assert end is not None
+                os.kill(before[key], signal.SIGKILL)
+                assert select.select([end], [], [], 10)[0]
+        dead = look()
+        assert dead["log"] == str(tmp_path / "run/d/log")
+        assert dead["monitor"] is None
+        found = re.search("`vduse-blk ([^`]*)` serves it again", dead["way_out"])
+        assert found is not None
         assert cli(*shlex.split(found[1])).returncode == 0
         after = look()
         assert (after["state"], after["policy"]) == ("serving", before["policy"])
