@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -978,6 +979,44 @@ def test_a_server_that_dies_over_a_resize(tmp_path: Path, machine: Machine, step
     frontend.close()
     assert server.stop() == 0
     assert not (tmp_path / "run/d").exists()
+
+
+@pytest.mark.parametrize("step", ["locked", "opened", "serving"])
+def test_servers_that_die_one_after_another(tmp_path: Path, machine: Machine, step: str) -> None:
+    """One while it serves, the next at each step of its start: the third, with the same words, serves the same disk."""
+    server = Server(tmp_path)
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, b"x" * 4096) == OK
+    server.kill()
+    frontend.close()
+    server.environment[KILL_ENV] = step
+    with pytest.raises(AssertionError):
+        server.start()
+    assert server.process.wait(10) == -9
+    server.environment.clear()
+    server.start()
+    machine.queue.reset_ring()
+    frontend = machine.boot(server)
+    assert machine.queue.read(0, 4096) == (OK, b"x" * 4096)
+    frontend.close()
+    assert server.stop() == 0
+    assert not (tmp_path / "run/d").exists()
+
+
+def test_a_server_that_dies_when_all_is_gone(tmp_path: Path, machine: Machine) -> None:
+    """At the only step of a detach: nothing of the disk is left, and the next one has name and socket."""
+    server = Server(tmp_path, environment={KILL_ENV: "gone"})
+    with contextlib.suppress(Hangup):  # or the reply was faster
+        server.call("detach", force=False)
+    assert server.process.wait(10) == -9
+    assert not (tmp_path / "run/d").exists()
+    assert not server.socket.exists()
+    server.environment.clear()
+    server.start()
+    frontend = machine.boot(server)
+    assert machine.queue.write(0, b"x" * 4096) == OK
+    frontend.close()
+    assert server.stop() == 0
 
 
 def test_a_front_end_without_a_channel_sees_the_new_size_when_it_asks(serve: Serve, machine: Machine) -> None:
