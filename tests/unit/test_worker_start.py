@@ -79,7 +79,11 @@ truncate -s 1M "$run-disk"
 mount -t tmpfs -o mode=755 none "$run" || exit 99
 vduse_blk attach $disk > /dev/null
 kill -9 "$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["pid"])' "$run/d/state.json")"
-mount -o remount,ro "$run" || exit 99
+for try in {1..100}; do  # until the killed process has closed its log
+    mount -o remount,ro "$run" 2> /dev/null && break
+    sleep 0.05
+done
+touch "$run/file" 2> /dev/null && exit 99
 for words in "attach memory:1M --name e" "attach $disk" "serve $disk" "detach d"; do
     vduse_blk $words
 done
