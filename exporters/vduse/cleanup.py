@@ -10,9 +10,12 @@ leftovers of its name has ``python -m vduse_blk.exporters.vduse.cleanup NAME`` r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import select
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from vduse_blk.exporters.vduse.server import INFLIGHT_FILE, DeviceServer
 from pyvduse.control import Control
 from pyvduse.device import Device
 from pyvduse.errors import VduseError
+from pyvduse.messages import decode_request, encode_response
 from pyvduse.vdpa import Vdpa
 from vduse_blk.block.contract import BlockInfo
 from vduse_blk.block.errors import UserError
@@ -101,9 +105,13 @@ def _remove_leftover(name: str, directory: Path | None, force: bool, node: int |
         try:
             control.destroy(known)
         except VduseError as error:
-            if error.errno != errno.EBUSY or node is None or kernel.vdpa_device(known).exists():
+            if error.errno != errno.EBUSY or kernel.vdpa_device(known).exists():
                 raise
-            names.mark_remnant(known)
+            if node is not None:
+                names.mark_remnant(known)
+            else:
+                _see_off(known)
+                control.destroy(known)
         names.sweep(control)
     kernel.remove_link(name)
     return True
@@ -153,6 +161,23 @@ def _delete(device: Device, inflight: InflightLog | None) -> None:
             raise
     finally:
         server.stop()
+
+
+def _see_off(name: str) -> None:
+    """A DEV_DEL under way, whose asker has outlived the server, has reset the device and taken it out of sysfs, and waits
+    for one more answer. There is no driver left to care which."""
+
+    def ask_again() -> None:
+        with contextlib.suppress(VduseError), Vdpa() as vdpa:
+            vdpa.dev_del(name)  # waits for the other, and finds nothing
+
+    asking = threading.Thread(target=ask_again)
+    with Device.open(name) as device:
+        asking.start()
+        while asking.is_alive():
+            select.select([device.fd], [], [], 0.05)
+            while (raw := device.read_message()) is not None:
+                device.write_response(encode_response(decode_request(raw).request_id, True))
 
 
 def _wait_until_idle(device: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
+from pyvduse.messages import decode_request, encode_response
 from tests.exporters.servers import Machine
 from tests.kernel.host import (
     CLI,
@@ -237,6 +239,25 @@ def test_a_dead_server_whose_log_is_lost(tmp_path: Path) -> None:
         assert "inflight" in refused.stderr
         assert "detach k --force" in refused.stderr
         force(tmp_path)
+
+
+def test_a_deletion_that_waits_for_an_answer(tmp_path: Path) -> None:
+    """Its server has ended between two answers to the kernel, which deletes the disk for somebody who lives: the device is
+    reset and out of sysfs. Whoever removes it by force answers in the server's place."""
+    cli("attach", image(tmp_path / "disk.img", 16 * MIB), "--name", "k")
+    os.kill(servers()[0], signal.SIGKILL)
+    wait_until(lambda: info("k")["state"] == "dead", "the server has ended")
+    with Device.open("k") as device, subprocess.Popen([sys.executable, "-P", "-m", "pyvduse.vdpa", "del", "k"]) as asking:
+        while device.features():
+            assert select.select([device.fd], [], [], 60)[0]
+            raw = device.read_message()
+            assert raw is not None
+            device.write_response(encode_response(decode_request(raw).request_id, True))
+        assert select.select([device.fd], [], [], 60)[0]  # it asks once more
+        device.close()
+        assert not Path("/sys/bus/vdpa/devices/k").exists()
+        force(tmp_path)
+        assert asking.wait(60) == 0
 
 
 def test_a_monitor_removes_what_its_hanging_server_kept(tmp_path: Path) -> None:
