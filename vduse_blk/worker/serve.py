@@ -83,9 +83,11 @@ class Worker:
             async with AsyncExitStack() as undo:
                 disk.remains = Remains(disk.name, disk.spec.source)
                 disk.was_open = disk.remains.was_served
-                self._kept = disk.was_open  # until it is served again, what an earlier server left is not ours to remove
+                self._kept = True  # what an earlier server left is not ours to remove, readable or not
                 disk.predecessor = self._find_predecessor(wanted)
-                self._kept |= disk.was_open
+                self._kept = disk.was_open  # until it is served again
+                if disk.predecessor is None:
+                    self._check_places(wanted)
                 self._before = notes.read_state(disk.name) if disk.was_open else {}
                 disk.write_state()
                 reached("locked")
@@ -250,13 +252,7 @@ class Worker:
         disk = self._disk
         name = disk.name
         if not any(export.exporter.is_left(name) for export in wanted):
-            try:
-                self._check_front_ends()
-            except BaseException:
-                self._kept = True  # it was a disk, and what is known of it is not ours to remove
-                raise
-            self._kept |= disk.was_open
-            self._check_places(wanted)
+            self._check_front_ends()
             return None
         found = record.read(name)
         if found is None:
@@ -280,7 +276,7 @@ class Worker:
         disk.was_open = True
 
     def _check_places(self, wanted: list[ExportSpec]) -> None:
-        """Nor may another name have their socket. Raises ControlError."""
+        """Front-ends of another dead disk wait at its sockets: no other name may have those. Raises ControlError."""
         places = {export.place for export in wanted if not export.exporter.for_this_host}
         for name in rundir.disk_names() if places else []:
             if name == self._disk.name or rundir.is_locked(name):  # who listens is seen when the export starts
