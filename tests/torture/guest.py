@@ -39,7 +39,7 @@ from typing import Any
 from tests.kernel.host import CLI, RUN, cli, image, in_flight, leftovers, run, uneven, wait_until
 from vduse_blk.control import notes
 from vduse_blk.control.errors import ControlError
-from vduse_blk.control.process import read_stat
+from vduse_blk.control.process import is_running
 
 MIB = 1 << 20
 SIZE = 96 * MIB
@@ -65,20 +65,12 @@ class Wrong(Exception):
     """What must never happen, as a sentence."""
 
 
-def is_alive(pid: int) -> bool:
-    """A dead process that nobody has waited for is dead."""
-    try:
-        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def kill(pid: int) -> None:
     if pid <= 0:
         raise Wrong("nobody knows which process the server is")  # 0 would be all of ours
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(pid), f"process {pid} is dead")
+    wait_until(lambda: not is_running(pid), f"process {pid} is dead")
 
 
 @dataclass
@@ -137,7 +129,7 @@ class Ours:
 
     def _is_served(self) -> bool:
         state = self._state()  # once: two looks would take the phase of one server and the process of the next
-        return state.get("phase") == "serving" and is_alive(int(state.get("pid", 0)))
+        return state.get("phase") == "serving" and is_running(state.get("pid"))
 
     def kill(self, load: Load, *, aimed: bool, again_after: float | None) -> int:
         """Kill the server, see to the next one. ``aimed``: not before its log shows that requests of ``load`` have overtaken
@@ -175,7 +167,7 @@ class Ours:
         """Start a server where nobody would: one that died while it started ends ``attach``, and its monitor."""
         state = self._state()
         starting = self._starter is not None and self._starter.poll() is None
-        if not (starting or is_alive(int(state.get("pid", 0))) or is_alive(int(state.get("monitor", 0)))):
+        if not (starting or is_running(state.get("pid")) or is_running(state.get("monitor"))):
             self._by = "attach"
             self._start(self._by)
         return True

@@ -28,7 +28,7 @@ from vduse_blk.cli import launch, output
 from vduse_blk.cli.main import COMMANDS, cli
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.errors import ControlError, Exit
-from vduse_blk.control.process import read_stat
+from vduse_blk.control.process import is_running
 from vduse_blk.control.spec import WorkerSpec
 from vduse_blk.control.status import all_disks, disk_status
 
@@ -40,14 +40,6 @@ def until(condition: Callable[[], bool]) -> None:
     """Return as soon as ``condition`` holds; a wait in vain ends with the test's time limit."""
     while not condition():
         time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process has not ended; one that nobody has waited for yet has ended."""
-    try:
-        return read_stat(Path(f"/proc/{pid}"))[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def heed_signals() -> None:

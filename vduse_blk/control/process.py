@@ -24,7 +24,8 @@ def read_stat(process: Path) -> tuple[str, int, int]:
 
 
 def is_running(pid: object) -> bool:
-    """Whether a process that was noted has not ended. ``pid``: as it was read from a disk's directory, anything."""
+    """Whether a process that was noted has not ended; one that nobody has waited for yet has. ``pid``: as it was read from
+    a disk's directory, anything."""
     if type(pid) is not int or pid <= 0:
         return False
     try:
