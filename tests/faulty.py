@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from pathlib import Path
 
 
 def forbid_io_uring() -> None:
@@ -30,3 +31,21 @@ NativeQueue.start = refuse
 runpy.run_module("vduse_blk.worker", run_name="__main__")
 """
 """For ``python -c``: a new server that gets no thread for its second queue."""
+
+_SPINNING = """
+from vduse_blk.backends.memory import MemoryBackend
+class Spinning(MemoryBackend):
+    def native_target(self): return None
+    async def write(self, offset, data, *, fua=False):
+        while True: pass
+"""
+
+
+def install_spinning(folder: Path) -> None:
+    """The backend ``spinning``, storage in Python that never gives the interpreter back, for who has ``folder`` in its
+    PYTHONPATH."""
+    parts = folder / "spinning-1.dist-info"
+    parts.mkdir()
+    (parts / "METADATA").write_text("Metadata-Version: 2.1\nName: spinning\nVersion: 1\n")
+    (parts / "entry_points.txt").write_text("[vduse_blk.backends]\nspinning = spinning:Spinning\n")
+    (folder / "spinning.py").write_text(_SPINNING)

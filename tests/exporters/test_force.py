@@ -13,26 +13,9 @@ from pathlib import Path
 import pytest
 from servers import Machine, Server
 
+from tests.faulty import install_spinning
 from vduse_blk.block.linux import take_descriptor
 from vduse_blk.testing.driver import IOERR, OK, OUT, STALE
-
-SPINNING = """
-from vduse_blk.backends.memory import MemoryBackend
-class Spinning(MemoryBackend):
-    def native_target(self): return None
-    async def write(self, offset, data, *, fua=False):
-        while True: pass
-"""
-"""Storage in Python that never gives the interpreter back."""
-
-
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = folder / "spinning-1.dist-info"
-    parts.mkdir()
-    (parts / "METADATA").write_text("Metadata-Version: 2.1\nName: spinning\nVersion: 1\n")
-    (parts / "entry_points.txt").write_text("[vduse_blk.backends]\nspinning = spinning:Spinning\n")
-    (folder / "spinning.py").write_text(SPINNING)
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 def force(server: Server) -> None:
@@ -58,7 +41,8 @@ def test_whatever_the_server_does(tmp_path: Path, machine: Machine, monkeypatch:
     """With requests in flight; the front-end sees its connection end, and the next disk of the name and the socket works."""
     more = {"source": "spinning:?size=8M"} if how == "spinning" else {}
     if how == "spinning":
-        install(tmp_path, monkeypatch)
+        install_spinning(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     server = Server(tmp_path, filters=["faults"] if how == "hanging" else [], **more)
     frontend = machine.boot(server)
     if how == "hanging":

@@ -25,6 +25,7 @@ from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
 from pyvduse.messages import decode_request, encode_response
 from tests.exporters.servers import Machine
+from tests.faulty import install_spinning
 from tests.kernel.host import (
     CLI,
     RUN,
@@ -89,17 +90,7 @@ def test_a_stopped_server(tmp_path: Path) -> None:
 
 def test_a_plugin_that_spins(tmp_path: Path) -> None:
     """Storage in Python that never gives the interpreter back."""
-    parts = tmp_path / "spinning-1.dist-info"
-    parts.mkdir()
-    (parts / "METADATA").write_text("Metadata-Version: 2.1\nName: spinning\nVersion: 1\n")
-    (parts / "entry_points.txt").write_text("[vduse_blk.backends]\nspinning = spinning:Spinning\n")
-    (tmp_path / "spinning.py").write_text(
-        "from vduse_blk.backends.memory import MemoryBackend\n"
-        "class Spinning(MemoryBackend):\n"
-        "    def native_target(self): return None\n"
-        "    async def write(self, offset, data, *, fua=False):\n"
-        "        while True: pass\n"
-    )
+    install_spinning(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     device = run(*CLI, "attach", "spinning:?size=16M", "--name", "k", env=environment).stdout.strip()
     with writer(device):
