@@ -4,6 +4,13 @@ import ctypes
 import struct
 from pathlib import Path
 
+BEFORE = ("upgrade-asked", "upgrade-ready", "drained", "let-go")
+"""Steps of the old server of an upgrade at which the new one has nothing yet."""
+AFTER = ("sent", "replaced")
+"""Steps at which the new one has everything."""
+NEW = ("prepared", "received", "reopened", "restarted")
+"""Steps of the new server before the disk is its own."""
+
 
 def forbid_io_uring() -> None:
     """For this process and for good, with EPERM, as the seccomp profile of a container does."""

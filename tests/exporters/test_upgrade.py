@@ -23,7 +23,7 @@ import pytest
 from servers import MIB, SIZE, Machine, Server
 from vduse_blk.exporters.vhost_user.messages import Request
 
-from tests.faulty import WITHOUT_THREADS
+from tests.faulty import AFTER, BEFORE, NEW, WITHOUT_THREADS
 from vduse_blk.cli import detach as detach_command
 from vduse_blk.control import notes, rundir
 from vduse_blk.control.client import Client
@@ -37,11 +37,6 @@ from vduse_blk.testing.frontend import FakeFrontend
 
 Serve = Callable[..., Server]
 COMMAND = [sys.executable, "-P", "-m", "vduse_blk.worker"]
-BEFORE = ("upgrade-asked", "upgrade-ready", "drained", "let-go")
-"""Steps of the old server at which the new one has nothing yet."""
-AFTER = ("sent", "replaced")
-NEW = ("prepared", "received", "reopened", "restarted")
-"""Steps of the new server before the disk is its own."""
 both_paths = pytest.mark.parametrize("path", ["native", "plugin"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty import AFTER, BEFORE, NEW
 from tests.kernel.host import CLI, RUN, assert_nothing_left, cli, image, info, leftovers, servers, wait_until
 from vduse_blk.exporter import KILL_ENV
 
@@ -20,10 +21,7 @@ MIB = 1 << 20
 ATTACH = ("locked", "opened", "created", "configured", "served", "added", "found", "linked", "serving")
 ADOPT = ("taken", "adopted")  # test_adopt.py
 LEAVE = ("left",)  # tests/unit/test_worker.py
-UPGRADE = (  # tests/exporters/test_upgrade.py, and some in test_upgrade.py
-    "upgrade-asked", "upgrade-ready", "drained", "let-go", "sent", "replaced",
-    "prepared", "received", "reopened", "restarted", "took-over",
-)  # fmt: skip
+UPGRADE = (*BEFORE, *AFTER, *NEW, "took-over")  # test_upgrade.py, here and in tests/exporters
 DETACH = ("detaching", "deleted", "closed", "destroyed", "gone")
 RESIZE = ("resizing", "resized")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faulty import WITHOUT_THREADS
+from tests.faulty import AFTER, BEFORE, NEW, WITHOUT_THREADS
 from tests.kernel.host import Stuck, assert_nothing_left, cli, image, info, run, servers, tree_digest, wait_until
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError
@@ -90,7 +90,7 @@ def test_new_servers_that_die(tmp_path: Path) -> None:
     device = cli("attach", disk, "--name", "a").stdout.strip()
     pid = info("a")["pid"]
     with subprocess.Popen(load(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
-        for step in ("prepared", "received", "reopened", "restarted", "took-over"):
+        for step in (*NEW, "took-over"):
             served("a", writes("a"))
             assert info("a")["pid"] == pid
             command = ["env", f"{KILL_ENV}={step}", sys.executable, "-P", "-m", "vduse_blk.worker"]
@@ -166,7 +166,7 @@ def test_what_does_not_end_on_a_mounted_disk_is_waited_for_by_no_upgrade(tmp_pat
     assert_nothing_left()
 
 
-@pytest.mark.parametrize("step", ["upgrade-asked", "upgrade-ready", "drained", "let-go", "sent", "replaced"])
+@pytest.mark.parametrize("step", [*BEFORE, *AFTER])
 def test_an_old_server_that_dies(tmp_path: Path, step: str) -> None:
     """Killed before it has handed the disk over: whoever attaches it takes it over. After: the new one goes on."""
     disk = image(tmp_path / "disk.img", 16 * MIB)
@@ -174,7 +174,7 @@ def test_an_old_server_that_dies(tmp_path: Path, step: str) -> None:
     with subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", *DD]) as dd:
         served("a")
         assert cli("upgrade", "a", check=False).returncode == 1
-        if step not in ("sent", "replaced"):
+        if step in BEFORE:
             wait_until(lambda: not servers(), "the new server ends")
             assert cli("attach", disk, "--name", "a").stdout.strip() == device
         wait_until(lambda: info("a").get("state") == "serving", "it is served")
