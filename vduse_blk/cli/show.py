@@ -66,8 +66,8 @@ def info(name: str, as_json: bool) -> None:
     """Show everything about the disk NAME: size, source, features, queues, and counters since the attach."""
     disk = disk_status(name, timeout=10)
     if disk.state in ("dead", "dying", "silent"):
-        monitor = {} if is_running(disk.info.get("monitor")) else {"monitor": None}
-        disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk), **monitor})
+        ended = "monitor" in disk.info and not is_running(disk.info["monitor"])
+        disk = dataclasses.replace(disk, info={**disk.info, **_looked_at(disk), **({"monitor": None} if ended else {})})
     log = DiskPaths.of(name).log
     if log.exists():  # under a service manager what a server says goes elsewhere
         disk = dataclasses.replace(disk, info={**disk.info, "log": str(log)})
