@@ -10,7 +10,9 @@ No two writes to one block are under way at once, as with every file system: so 
 
 As a program (for the native path, in a process of its own, because the core is another one; see ``build``)::
 
-    durability.py SEED REQUESTS writeback|writethrough CUTS    exit status 0: every promise kept, 1: broken, and which
+    durability.py SEED REQUESTS writeback|writethrough CUTS KIND    exit status 0: every promise kept, 1: broken, and which
+
+where KIND is one of disks.py, of files with io_uring or with threads.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from vduse_blk.core.build import ffi
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "vduse_blk" / "core"
 PROGRAM = ROOT / "build" / "durability" / "_core.abi3.so"
+
+WRAPPED = ("pwritev2", "fdatasync", "fallocate", "target_file_prepare", "target_file_sync")
+"""What fake_storage.c puts itself before."""
 
 BLOCK = 4096
 BLOCKS = 256
@@ -174,10 +179,11 @@ def drive(disk: Any, requests: int, seed: int, *, writethrough: bool, discards: 
 
 
 def build() -> Path:
-    """The core as an extension module with tests/fuzz/fake_uring.c in the place of uring.c, unless that is up to date."""
+    """The core as an extension module on the storage of tests/fuzz/fake_storage.c, unless that is up to date."""
     sources = [path for path in CORE.glob("*.c") if path.name not in ("uring.c", "_core.c")]
-    sources.append(ROOT / "tests" / "fuzz" / "fake_uring.c")
-    made_from = [*sources, *CORE.glob("*.h"), CORE / "build.py", Path(__file__)]
+    fakes = ROOT / "tests" / "fuzz"
+    sources += [fakes / "fake_uring.c", fakes / "fake_storage.c"]
+    made_from = [*sources, *CORE.glob("*.h"), fakes / "fake_storage.h", CORE / "build.py", Path(__file__)]
     if PROGRAM.exists() and PROGRAM.stat().st_mtime > max(path.stat().st_mtime for path in made_from):
         return PROGRAM
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +192,7 @@ def build() -> Path:
     ffi.emit_c_code(str(glue))
     command = [
         os.environ.get("CC", "gcc"), "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing",
-        "-Wl,--wrap=target_file_prepare", f"-I{CORE}", f"-I{sysconfig.get_paths()['include']}",
+        *(f"-Wl,--wrap={name}" for name in WRAPPED), f"-I{CORE}", f"-I{sysconfig.get_paths()['include']}",
         str(glue), *map(str, sources), "-o", str(fresh),
     ]  # fmt: skip
     subprocess.run(command, check=True)
@@ -205,7 +211,7 @@ def load(program: Path) -> None:
 
 
 def storage_half(log: Path) -> Half:
-    """What fake_uring.c has written down."""
+    """What fake_storage.c has written down."""
     half = Half()
     for line in log.read_text().splitlines():
         what, *numbers = line.split()
@@ -221,7 +227,7 @@ def storage_half(log: Path) -> Half:
 
 
 def main() -> int:
-    seed, requests, mode, cuts = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    seed, requests, mode, cuts, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
     load(PROGRAM)
     from disks import BY_NAME, Disk
 
@@ -230,7 +236,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         os.environ["VDUSE_BLK_TEST_LOG"], os.environ["VDUSE_BLK_TEST_SEED"] = str(log), str(seed)
-        disk = Disk(BY_NAME["native-file-uring"], policy=Policy(on_error=60.0), num=128)
+        disk = Disk(BY_NAME[kind], policy=Policy(on_error=60.0), num=128)
         try:
             driver = drive(disk, requests, seed, writethrough=mode == "writethrough", discards=True)
             retries = disk.counters()["retries"]

@@ -102,22 +102,26 @@ def test_a_stack_that_lies_is_caught(stack: type[Stack], writethrough: bool) -> 
         run_plugin(Support.NATIVE, writethrough=writethrough, stack=stack)
 
 
-def run_native(mode: str, mutant: str = "") -> subprocess.CompletedProcess[str]:
+ENGINES = pytest.mark.parametrize("kind", ["native-file-uring", "native-file-sync"])
+
+
+def run_native(kind: str, mode: str, mutant: str = "") -> subprocess.CompletedProcess[str]:
     if shutil.which(os.environ.get("CC", "gcc")) is None:
         pytest.skip("needs gcc")
     durability.build()
     folder = Path(durability.__file__).parent
     environment: dict[str, Any] = os.environ | {"PYTHONPATH": f"{folder}:{durability.ROOT}", "VDUSE_BLK_TEST_MUTANT": mutant}
     return subprocess.run(
-        [sys.executable, durability.__file__, str(SEED), str(REQUESTS), mode, str(CUTS)],
+        [sys.executable, durability.__file__, str(SEED), str(REQUESTS), mode, str(CUTS), kind],
         env=environment, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
 
 
+@ENGINES
 @pytest.mark.parametrize("mode", ["writeback", "writethrough"])
-def test_the_native_path_loses_nothing_acknowledged(mode: str) -> None:
-    """The engine over an io_uring that reorders, cuts and fails what it is asked."""
-    done = run_native(mode)
+def test_the_native_path_loses_nothing_acknowledged(kind: str, mode: str) -> None:
+    """The engine over an io_uring, or with threads over system calls, that reorder, cut and fail what they are asked."""
+    done = run_native(kind, mode)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     numbers = re.fullmatch(r"kept: (\d+) cuts, (\d+) changes, (\d+) flushes, (\d+) retries, (\d+) unsure\n", done.stdout)
     assert numbers is not None, done.stdout
@@ -129,9 +133,10 @@ def test_the_native_path_loses_nothing_acknowledged(mode: str) -> None:
     assert unsure > 1000
 
 
+@ENGINES
 @pytest.mark.parametrize(("mode", "mutant"), [("writeback", "flush"), ("writethrough", "fua")])
-def test_an_engine_that_lies_is_caught(mode: str, mutant: str) -> None:
-    done = run_native(mode, mutant)
+def test_an_engine_that_lies_is_caught(kind: str, mode: str, mutant: str) -> None:
+    done = run_native(kind, mode, mutant)
     assert done.returncode == 1, done.stdout + done.stderr[-4000:]
     assert "the driver was promised one of" in done.stdout
 

@@ -1,27 +1,20 @@
 /*
  * io_uring as an adversary plays it, in place of uring.c: requests are done one after another in any order, later than they
- * could be, in parts, and sometimes not at all; and every one is written down with the moments at which it began and
- * ended. For the durability checker (tests/device/durability.py).
- *
- *     VDUSE_BLK_TEST_LOG   file to append to: "OP OFFSET LENGTH FUA BEGAN ENDED VALUE..." with times of CLOCK_MONOTONIC in ns, and
- *                          for writes the first eight bytes of every BLOCK
- *     VDUSE_BLK_TEST_SEED  of the order
- *     VDUSE_BLK_TEST_MUTANT  "flush": flushes are answered without being done; "fua": durable writes are done as ordinary ones
+ * could be, on storage of the same kind (fake_storage.h). For the durability checker (tests/device/durability.py).
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "fake_storage.h"
 #include "uring.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { BLOCK = 4096, ENTRIES = 64, PENDING = 1024, RESULTS = 4096, PIECES = 300 };
+enum { ENTRIES = 64, PENDING = 1024, RESULTS = 4096 };
 
 struct op {
     struct io_uring_sqe sqe;
@@ -44,8 +37,6 @@ struct fake { /* behind uring.rings; owner: the queue thread */
     unsigned tail;
     int epoll_fd;
     int fd;
-    int log;
-    uint64_t random;
     struct io_uring_cqe shown;
 };
 
@@ -54,33 +45,16 @@ static struct fake *fake_of(const struct uring *ring)
     return ring->rings;
 }
 
-static uint64_t below(struct fake *fake, uint64_t limit)
-{
-    fake->random = fake->random * 6364136223846793005u + 1442695040888963407u;
-    return (fake->random >> 33) % limit;
-}
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
 int uring_open(struct uring *ring, unsigned sq_entries, unsigned cq_entries, enum uring_mode mode)
 {
-    const char *seed = getenv("VDUSE_BLK_TEST_SEED");
-    const char *log = getenv("VDUSE_BLK_TEST_LOG");
     (void)sq_entries;
     (void)cq_entries;
     (void)mode;
     memset(ring, 0, sizeof(*ring));
     struct fake *fake = calloc(1, sizeof(*fake));
-    if (fake == NULL || log == NULL)
+    if (fake == NULL)
         return -ENOMEM;
-    fake->random = seed ? strtoull(seed, NULL, 0) : 1;
     fake->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    fake->log = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
     ring->rings = fake;
     ring->fd = 0;
     return 0;
@@ -91,7 +65,6 @@ void uring_close(struct uring *ring)
     struct fake *fake = fake_of(ring);
     if (fake != NULL) {
         close(fake->epoll_fd);
-        close(fake->log);
         free(fake);
     }
     ring->rings = NULL;
@@ -150,44 +123,10 @@ static void submit(struct fake *fake)
         } else {
             if (fake->pending_count == PENDING)
                 abort();
-            fake->pending[fake->pending_count++] = (struct op){*sqe, now()};
+            fake->pending[fake->pending_count++] = (struct op){*sqe, fake_now()};
         }
     }
     fake->queued_count = 0;
-}
-
-static void record(struct fake *fake, const struct op *op, char what, uint64_t length, const uint8_t *data)
-{
-    char line[8192];
-    int at = snprintf(line, sizeof(line), "%c %llu %llu %d %llu %llu", what, (unsigned long long)op->sqe.off,
-                      (unsigned long long)length, (op->sqe.rw_flags & RWF_DSYNC) != 0, (unsigned long long)op->began,
-                      (unsigned long long)now());
-    for (uint64_t i = 0; data != NULL && i < length; i += BLOCK) {
-        uint64_t value;
-        memcpy(&value, data + i, sizeof(value));
-        at += snprintf(line + at, sizeof(line) - (size_t)at, " %llu", (unsigned long long)value);
-    }
-    line[at++] = '\n';
-    if (write(fake->log, line, (size_t)at) != at)
-        abort();
-}
-
-static int write_some(struct fake *fake, const struct op *op, const struct iovec *pieces, unsigned count)
-{
-    static _Thread_local uint8_t data[1 << 20];
-    uint64_t length = 0;
-    for (unsigned i = 0; i < count; i++) {
-        memcpy(data + length, pieces[i].iov_base, pieces[i].iov_len);
-        length += pieces[i].iov_len;
-    }
-    if (below(fake, 30) == 0) /* EIO of a durable write tells of lost data, which ends it */
-        return op->sqe.rw_flags & RWF_DSYNC ? -ENOMEM : -EIO;
-    if (length > BLOCK && below(fake, 8) == 0)
-        length = (1 + below(fake, length / BLOCK)) * BLOCK;
-    if (pwrite(fake->fd, data, length, (off_t)op->sqe.off) != (ssize_t)length)
-        abort();
-    record(fake, op, 'w', length, data);
-    return (int)length;
 }
 
 static int run_op(struct fake *fake, const struct op *op)
@@ -203,17 +142,13 @@ static int run_op(struct fake *fake, const struct op *op)
         return (int)preadv(fake->fd, pieces, (int)sqe->len, (off_t)sqe->off);
     case IORING_OP_WRITE:
     case IORING_OP_WRITE_FIXED:
-        return write_some(fake, op, &one, 1);
+        return (int)fake_write(fake->fd, &one, 1, sqe->off, sqe->rw_flags, op->began);
     case IORING_OP_WRITEV:
-        return write_some(fake, op, pieces, sqe->len);
+        return (int)fake_write(fake->fd, pieces, sqe->len, sqe->off, sqe->rw_flags, op->began);
     case IORING_OP_FSYNC:
-        record(fake, op, 'f', 0, NULL);
-        return 0;
+        return fake_sync(op->began);
     case IORING_OP_FALLOCATE: /* length in addr */
-        if (fallocate(fake->fd, (int)sqe->len, (off_t)sqe->off, (off_t)sqe->addr) < 0)
-            return -errno;
-        record(fake, op, (sqe->len & 2) ? 'p' : 'z', sqe->addr, NULL); /* 2: PUNCH_HOLE */
-        return 0;
+        return fake_allocate(fake->fd, (int)sqe->len, sqe->off, sqe->addr, op->began);
     default:
         return -EOPNOTSUPP;
     }
@@ -221,7 +156,7 @@ static int run_op(struct fake *fake, const struct op *op)
 
 static void do_one(struct fake *fake)
 {
-    unsigned which = (unsigned)below(fake, fake->pending_count);
+    unsigned which = (unsigned)fake_below(fake->pending_count);
     struct op op = fake->pending[which];
     int res = run_op(fake, &op);
     fake->pending[which] = fake->pending[--fake->pending_count];
@@ -234,11 +169,11 @@ static int go(struct uring *ring, bool wait, int timeout_ms)
     struct epoll_event events[4];
     submit(fake);
     wait = wait && fake->head == fake->tail;
-    int count = epoll_wait(fake->epoll_fd, events, 4, !wait ? 0 : fake->pending_count ? (int)below(fake, 2) : timeout_ms);
+    int count = epoll_wait(fake->epoll_fd, events, 4, !wait ? 0 : fake->pending_count ? (int)fake_below(2) : timeout_ms);
     for (int i = 0; i < count; i++)
         answer(fake, events[i].data.u64, 1, IORING_CQE_F_MORE);
-    if (fake->pending_count && (wait || below(fake, 3) == 0))
-        for (uint64_t turns = 1 + below(fake, 4); turns > 0 && fake->pending_count; turns--)
+    if (fake->pending_count && (wait || fake_below(3) == 0))
+        for (uint64_t turns = 1 + fake_below(4); turns > 0 && fake->pending_count; turns--)
             do_one(fake);
     return wait && fake->head == fake->tail ? -ETIME : 0;
 }
@@ -278,19 +213,4 @@ void uring_seen(struct uring *ring)
 int vb_uring_probe(void)
 {
     return 1;
-}
-
-/* ---- faults of the engine that the checker must find ---- */
-
-int __real_target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
-int __wrap_target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring);
-
-int __wrap_target_file_prepare(struct target_file *file, struct vblk_req *req, struct uring *ring)
-{
-    const char *mutant = getenv("VDUSE_BLK_TEST_MUTANT");
-    if (mutant != NULL && strcmp(mutant, "flush") == 0 && req->op == VBLK_FLUSH)
-        return 0;
-    if (mutant != NULL && strcmp(mutant, "fua") == 0)
-        req->fua = false;
-    return __real_target_file_prepare(file, req, ring);
 }
