@@ -27,7 +27,9 @@ OFFERED = 64000
 DISK_BYTES = 64 * MIB
 SIZES = (512, 4096, 16384, 65536, 262144, MIB, 4 * MIB)
 ROUNDS = 3
-LOG_ROUNDS = 8
+LOG_ROUNDS = 40
+LOG_SECONDS = 1
+"""Many short ones: the difference is smaller than what two turns on the same machine differ by."""
 MEMORY_AIM = "aim: at most 25 MiB"
 LOG_AIM = "peer: ourselves without the log; aim: a ratio of at least 0.98"
 _4K = ("--size", "4096")
@@ -42,7 +44,7 @@ def measure(generator: Path, seconds: int) -> Iterator[Row]:
         peer = stack.enter_context(qsd(WAY, 0, images[1], folder, max(QUEUES)))
         yield from by_queues(generator, us, peer, seconds)
         yield from by_size(generator, us, peer, seconds)
-        yield from log_cost(generator, us, seconds)
+        yield from log_cost(generator, us)
     yield from by_disks(generator, seconds)
 
 
@@ -78,13 +80,13 @@ def size_name(size: int) -> str:
     return f"{size // 1024} KiB" if size >= 1024 else f"{size} B"
 
 
-def log_cost(generator: Path, us: Server, seconds: int) -> Iterator[Row]:
+def log_cost(generator: Path, us: Server) -> Iterator[Row]:
     """A front-end that keeps the log of requests in flight for us against one that does not, in pairs of either order."""
     words = (*_4K, "--depth", "32")
     runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for number in range(LOG_ROUNDS):
         for log in (True, False) if number % 2 else (False, True):
-            runs[log].append(turn(generator, us, (*words, "--inflight") if log else words, seconds))
+            runs[log].append(turn(generator, us, (*words, "--inflight") if log else words, LOG_SECONDS))
     for key, what, unit in (("iops", "", "IOPS"), ("server_cpu_us_per_io", ": CPU of the server per I/O", "us")):
         with_it, without = ([run[key] for run in runs[log]] for log in (True, False))
         title = f"in-flight log: 4k randread QD32 with it{what}"
