@@ -664,6 +664,7 @@ class TestSet:
         code, report = host.json("set", "a", "on-error=retry=5s", "faults.error=")
         assert (code, report) == (0, {"ok": True, "name": "a", "policy": {"on_error": "wait"}, "filters": []})
         assert "disk 'a' has on-error=wait" in host.run("set", "a", "on-error=wait").stderr
+        assert "disk 'a' has on-error=wait faults.error=\n" in host.run("set", "a", "on-error=", "faults.error=").stderr
 
     @pytest.mark.parametrize(
         ("values", "sentence"),

@@ -31,4 +31,6 @@ def set_values(name: str, values: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         output.print_json({"ok": True, "name": name} | {key: reply[key] for key in ("policy", "filters") if key in reply})
     else:
-        output.say(f"disk '{name}' has {' '.join(f'{key}={value}' for key, value in given.items())}")
+        policy = reply.get("policy", {})
+        now = [f"{key}={value or policy.get(key.replace('-', '_'), '')}" for key, value in given.items()]
+        output.say(f"disk '{name}' has {' '.join(now)}")
