@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from vduse_blk.block.errors import UserError
-from vduse_blk.control import messages, notes, rundir
+from vduse_blk.control import messages, notes, rundir, status
 from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, NotServed
 from vduse_blk.control.messages import MAX_MESSAGE
@@ -251,6 +251,12 @@ class TestDirectory:
         assert [p.name for p in paths.directory.iterdir()] == ["state.json"]
         assert stat.S_IMODE(paths.state.stat().st_mode) == 0o600
 
+    def test_a_disk_that_goes_while_it_is_looked_at_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that has removed its disk has not died."""
+        rundir.make_directory("d")
+        monkeypatch.setattr(status, "is_locked", lambda name: not rundir.remove_directory(name))
+        assert list(all_disks()) == []
+
     @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
     def test_damaged_state_reads_as_nothing_known(self, text: str) -> None:
         """A disk whose state.json is damaged can still be listed and removed."""
@@ -383,6 +389,8 @@ class TestClient:
 class TestStatus:
     def test_states(self) -> None:
         """Dead, starting, silent and serving are told apart, and each disk is listed once."""
+        rundir.make_directory("a-claimed")
+        os.utime(rundir.make_directory("a-never").directory, (0, 0))
         rundir.make_directory("a-dead")
         notes.write_state("a-dead", {"source": "/x"})
         starting = rundir.lock_directory("b-starting")
@@ -398,7 +406,9 @@ class TestStatus:
             os.close(starting)
             os.close(silent)
         assert {name: disk.state for name, disk in disks.items()} == {
+            "a-claimed": "starting",
             "a-dead": "dead",
+            "a-never": "dead",
             "b-starting": "starting",
             "c-silent": "silent",
             "d-serving": "serving",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,9 +11,11 @@ from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, NotServed
 from vduse_blk.control.notes import read_events, read_state
 from vduse_blk.control.process import is_dying
-from vduse_blk.control.rundir import disk_names, is_locked
+from vduse_blk.control.rundir import DiskPaths, disk_names, is_locked
 
 _SHOWN_EVENTS: Final = 10
+_CLAIM_SECONDS: Final = 5.0
+"""How long a server may take from its process's birth to the lock, before its start is taken for one that failed."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class DiskStatus:
     """One disk as seen from outside.
 
     ``state``: the server's own phase ('starting', 'serving', 'detaching' …); 'starting' also for a server
-    that lives and does not listen yet; 'dead': no server; 'dying': see ``is_dying``; 'silent': a server that lives and
-    does not answer;
-    'unreadable': no access to its directory.
+    that lives and does not listen yet, and for a name that was claimed a moment ago; 'dead': no server;
+    'dying': see ``is_dying``; 'silent': a server that lives and does not answer; 'unreadable': no access to
+    its directory.
     ``info``: reply to ``info`` where there is a server to ask, else what ``state.json`` says.
     """
 
@@ -41,14 +44,32 @@ def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
             info = client.call("info")
             return DiskStatus(name, str(info.get("phase", "serving")), info | _past(name))
     except NotServed:
-        return _unanswered(name, "starting" if is_locked(name) else "dead")
+        return _unserved(name)
     except ControlError as e:
         if e.exit_code in (Exit.NOT_FOUND, Exit.DENIED, Exit.BUSY):
             raise
         # The conversation ended in the middle: the server is leaving, has left, or hangs.
         if is_dying(name):
             return _unanswered(name, "dying")
-        return _unanswered(name, "silent" if is_locked(name) else "dead")
+        return _unanswered(name, "silent") if is_locked(name) else _unserved(name)
+
+
+def _unserved(name: str) -> DiskStatus:
+    """Nobody listens. Raises ``ControlError`` (exit 3) if the disk has gone while we looked."""
+    if is_locked(name) or _is_claimed(name):
+        return _unanswered(name, "starting")
+    return _unanswered(name, "dead")
+
+
+def _is_claimed(name: str) -> bool:
+    """Whether an ``attach`` has made the directory just now and its server has not locked it yet, which is followed by
+    writing the state."""
+    paths = DiskPaths.of(name)
+    try:
+        made = paths.directory.stat().st_mtime
+    except FileNotFoundError:
+        raise ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND) from None
+    return not paths.state.exists() and abs(time.time() - made) < _CLAIM_SECONDS
 
 
 def _unanswered(name: str, state: str) -> DiskStatus:
