@@ -23,7 +23,7 @@ import pytest
 
 from pyvduse.control import Control, DeviceConfig
 from pyvduse.device import Device
-from pyvduse.messages import decode_request, encode_response
+from pyvduse.messages import SetStatus, decode_request, encode_response
 from tests.exporters.servers import Machine
 from tests.faulty import install_spinning
 from tests.kernel.host import (
@@ -239,11 +239,14 @@ def test_a_deletion_that_waits_for_an_answer(tmp_path: Path) -> None:
     os.kill(servers()[0], signal.SIGKILL)
     wait_until(lambda: info("k")["state"] == "dead", "the server has ended")
     with Device.open("k") as device, subprocess.Popen([sys.executable, "-P", "-m", "pyvduse.vdpa", "del", "k"]) as asking:
-        while device.features():
+        reset = False
+        while not reset:
             assert select.select([device.fd], [], [], 60)[0]
             raw = device.read_message()
             assert raw is not None
-            device.write_response(encode_response(decode_request(raw).request_id, True))
+            request = decode_request(raw)
+            device.write_response(encode_response(request.request_id, True))
+            reset = isinstance(request, SetStatus) and request.status == 0
         assert select.select([device.fd], [], [], 60)[0]  # it asks once more
         device.close()
         assert not Path("/sys/bus/vdpa/devices/k").exists()
