@@ -43,7 +43,10 @@ ffi.set_source(
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE)],
     depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "fixed.h", "pool.h")],
-    extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing"],
+    # Hidden: calls between the sources need not be open to replacement, and go straight.
+    extra_compile_args=[
+        "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing", "-fvisibility=hidden",
+    ],  # fmt: skip
     extra_link_args=["-pthread"],
     py_limited_api=True,
 )

@@ -96,6 +96,8 @@ bool vring_enable_kick(struct vring *ring);
 void vring_disable_kick(struct vring *ring);
 /* Entries the driver has made available and we have not popped, at most num. */
 uint16_t vring_pending(struct vring *ring);
+/* Whether the driver has seen all that is published and asked to be woken by the next. Not known (false) without EVENT_IDX. */
+bool vring_driver_sleeps(struct vring *ring);
 
 /* The chain of `head`, which was popped before: as vring_pop, without the avail ring. */
 enum vring_pop_result vring_chain_of(struct vring *ring, const struct iova_table *table, uint16_t head,
@@ -246,8 +248,8 @@ bool queue_ready(struct vb_queue *queue);
 struct vblk_req *queue_fetch(struct vb_queue *queue, bool *more);
 /* Finish and push one request; the driver sees it at the next queue_publish. */
 void queue_finish(struct vb_queue *queue, struct vblk_req *req, enum vblk_status status);
-/* Publish and, if the driver wants it, notify. */
-void queue_publish(struct vb_queue *queue);
+/* Publish and, if the driver wants it, notify. True: notified. */
+bool queue_publish(struct vb_queue *queue);
 void queue_break(struct vb_queue *queue, enum vring_fault fault);
 void queue_post_event(struct vb_queue *queue);
 

@@ -9,6 +9,10 @@
  * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured). All
  * of it where the queue threads leave no CPU to the sender: then nothing overlaps anyway.
  *
+ * A driver that sleeps takes time to come. If everything was done before it came, it is woken earlier the next time, by a
+ * chunk of its own of half as many requests, down to FIRST_LEAST; if it came before, by one request more. Where a wake-up
+ * takes as long as many requests the two sides overlap so; where it does not, nothing is woken more often than need be.
+ *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
  *
@@ -44,7 +48,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, CHUNK_BYTES = 256 * 1024, SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
+enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, CHUNK_BYTES = 256 * 1024, FIRST_LEAST = 2 };
+enum { SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
 enum { INLINE_BYTES = 128 * 1024 };
 enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000, SPIN_PAUSE_MOST = 1024 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
@@ -63,6 +68,9 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     uint32_t cpus;    /* this process may run on */
     uint32_t crowd;   /* as many queue threads awake leave no CPU to who sends the requests */
     uint32_t handed_over; /* requests that other CPUs copy now */
+    uint32_t first;   /* requests of the chunk that wakes the driver, if that is less than others have */
+    uint16_t woken_at; /* avail.idx when the driver was woken */
+    bool waking;      /* it was, and whether that was early enough is not known yet */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
     uint32_t spin_after; /* of these, how many are left */
@@ -144,17 +152,53 @@ static void after_sleep(struct vb_engine *engine, uint64_t slept_at, bool began_
         engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
 }
 
+/* ---- chunks ---- */
+
 /*
  * Requests of the next chunk: half of what there is, so that one half is with the storage or the sender while the other is
- * with us.
+ * with us; fewer if they wake a driver that would come too late otherwise, and storage has answered all it was asked.
  */
 static uint32_t chunk(const struct vb_engine *engine)
 {
     struct vb_queue *queue = engine->queue;
     uint32_t count = queue->inflight + vring_pending(&queue->ring);
-    if (atomic_load_explicit(&awake, memory_order_relaxed) < engine->crowd)
+    bool overlaps = atomic_load_explicit(&awake, memory_order_relaxed) < engine->crowd;
+    if (overlaps)
         count /= 2;
-    return count < CHUNK_LEAST ? CHUNK_LEAST : count > CHUNK_MOST ? CHUNK_MOST : count;
+    count = count < CHUNK_LEAST ? CHUNK_LEAST : count > CHUNK_MOST ? CHUNK_MOST : count;
+    if (overlaps && engine->first < count && queue->inflight == 0 && vring_driver_sleeps(&queue->ring))
+        return engine->first;
+    return count;
+}
+
+/* The driver, once woken, came while we had something to do, so it might have slept a little longer. */
+static void came_early(struct vb_engine *engine)
+{
+    if (engine->first < CHUNK_MOST)
+        engine->first++;
+}
+
+static void publish(struct vb_engine *engine)
+{
+    struct vring *ring = &engine->queue->ring;
+    if (!queue_publish(engine->queue))
+        return;
+    if (engine->waking)
+        came_early(engine);
+    engine->waking = true;
+    engine->woken_at = (uint16_t)(ring->last_avail + vring_pending(ring));
+}
+
+/* Everything the driver has made available is done. */
+static void ran_out(struct vb_engine *engine)
+{
+    if (!engine->waking || engine->queue->inflight != 0)
+        return;
+    engine->waking = false;
+    if (engine->queue->ring.last_avail != engine->woken_at)
+        came_early(engine);
+    else if (engine->first > FIRST_LEAST)
+        engine->first /= 2;
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
@@ -246,11 +290,13 @@ static void serve_sync(struct vb_engine *engine)
                     do_sync(engine, req);
                 }
             }
-            queue_publish(queue);
+            publish(engine);
+            if (!again)
+                ran_out(engine);
             if (!again && queue->ring.fault == VRING_OK && !atomic_load(&queue->missing))
                 again = spin(engine) || vring_enable_kick(&queue->ring);
         } else {
-            queue_publish(queue);
+            publish(engine);
         }
         if (!again && !taken_up && goes_on(queue)) {
             struct epoll_event events[2];
@@ -372,7 +418,8 @@ static void serve_uring(struct vb_engine *engine)
             vring_disable_kick(&queue->ring);
             more = fetch_chunk(engine);
             if (!more) {
-                queue_publish(queue);
+                publish(engine);
+                ran_out(engine);
                 if (queue->ring.fault == VRING_OK && !atomic_load(&queue->missing)) {
                     if (engine->spin_ns != 0 && uring_unsent(&engine->ring) != 0)
                         more = true; /* hand over what was fetched before looking for more */
@@ -401,7 +448,7 @@ static void serve_uring(struct vb_engine *engine)
             (void)usleep(1000); /* what flies may still come back; do not burn the CPU over it */
         }
         reap(engine);
-        queue_publish(queue);
+        publish(engine);
     }
 }
 
@@ -547,6 +594,7 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->queue = queue;
     engine->target = *target;
     target_file_open(&engine->file, target);
+    engine->first = CHUNK_MOST;
     engine->spin_ns = target->spin == VB_SPIN_ALWAYS ? SPIN_MAX_NS : 0;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;

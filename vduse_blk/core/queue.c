@@ -401,19 +401,21 @@ static void notify(struct vb_queue *queue)
     }
 }
 
-void queue_publish(struct vb_queue *queue)
+bool queue_publish(struct vb_queue *queue)
 {
     atomic_store_explicit(&queue->last_avail, queue->ring.last_avail, memory_order_relaxed);
     uint16_t count = vring_publish(&queue->ring);
     if (count == 0)
-        return;
+        return false;
     if (queue->dirty.bits != NULL && queue->config.log_used)
         dirty_mark(&queue->dirty, queue->config.dirty_used, 6 + 8 * (uint64_t)queue->config.num);
     if (queue->log.region != NULL)
         inflight_commit(&queue->log, count, queue->ring.published);
     COUNT(queue->counters.publishes, 1);
-    if (vring_must_notify(&queue->ring))
+    bool wanted = vring_must_notify(&queue->ring);
+    if (wanted)
         notify(queue);
+    return wanted;
 }
 
 int vb_queue_poll(struct vb_queue *queue, struct vb_item *items, uint32_t room)

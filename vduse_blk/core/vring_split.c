@@ -234,6 +234,11 @@ bool vring_must_notify(struct vring *ring)
     return (uint16_t)(new_idx - event - 1) < (uint16_t)(new_idx - old_idx);
 }
 
+bool vring_driver_sleeps(struct vring *ring)
+{
+    return ring->event_idx && GUEST_LOAD(used_event(ring)) == ring->published;
+}
+
 bool vring_enable_kick(struct vring *ring)
 {
     if (ring->event_idx)
