@@ -46,7 +46,7 @@ ffi.set_source(
     # Hidden: calls between the sources need not be open to replacement, and go straight.
     extra_compile_args=[
         "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing", "-fvisibility=hidden",
-    ],  # fmt: skip
+    ],
     extra_link_args=["-pthread"],
     py_limited_api=True,
 )
