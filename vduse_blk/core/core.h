@@ -96,6 +96,8 @@ bool vring_enable_kick(struct vring *ring);
 void vring_disable_kick(struct vring *ring);
 /* Entries the driver has made available and we have not popped, at most num. */
 uint16_t vring_pending(struct vring *ring);
+/* As it is now; only to be compared. */
+uint16_t vring_avail_idx(const struct vring *ring);
 /* Whether the driver has seen all that is published and asked to be woken by the next. Not known (false) without EVENT_IDX. */
 bool vring_driver_sleeps(struct vring *ring);
 

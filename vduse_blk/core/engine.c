@@ -69,8 +69,9 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     uint32_t crowd;   /* as many queue threads awake leave no CPU to who sends the requests */
     uint32_t handed_over; /* requests that other CPUs copy now */
     uint32_t first;   /* requests of the chunk that wakes the driver, if that is less than others have */
-    uint16_t woken_at; /* avail.idx when the driver was woken */
+    uint16_t woken_at; /* avail.idx when the driver was woken last */
     bool waking;      /* it was, and whether that was early enough is not known yet */
+    bool came;        /* it has slept again since it was woken first, so it was */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
     uint32_t spin_after; /* of these, how many are left */
@@ -171,7 +172,7 @@ static uint32_t chunk(const struct vb_engine *engine)
     return count;
 }
 
-/* The driver, once woken, came while we had something to do, so it might have slept a little longer. */
+/* The driver came while we had something to do, so it might have slept a little longer. */
 static void came_early(struct vb_engine *engine)
 {
     if (engine->first < CHUNK_MOST)
@@ -180,13 +181,14 @@ static void came_early(struct vb_engine *engine)
 
 static void publish(struct vb_engine *engine)
 {
-    struct vring *ring = &engine->queue->ring;
     if (!queue_publish(engine->queue))
         return;
-    if (engine->waking)
+    if (engine->waking) {
         came_early(engine);
+        engine->came = true;
+    }
     engine->waking = true;
-    engine->woken_at = (uint16_t)(ring->last_avail + vring_pending(ring));
+    engine->woken_at = vring_avail_idx(&engine->queue->ring);
 }
 
 /* Everything the driver has made available is done. */
@@ -194,11 +196,12 @@ static void ran_out(struct vb_engine *engine)
 {
     if (!engine->waking || engine->queue->inflight != 0)
         return;
-    engine->waking = false;
     if (engine->queue->ring.last_avail != engine->woken_at)
         came_early(engine);
-    else if (engine->first > FIRST_LEAST)
-        engine->first /= 2;
+    else if (!engine->came)
+        engine->first = engine->first / 2 > FIRST_LEAST ? engine->first / 2 : FIRST_LEAST;
+    engine->waking = false;
+    engine->came = false;
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */

@@ -224,8 +224,10 @@ bool queue_ready(struct vb_queue *queue)
     if (next != queue->table) {
         if (next->drain && queue->inflight != 0)
             return false; /* what flies still points into memory that is about to go */
-        if (next->drain)
+        if (next->drain) {
+            (void)queue_publish(queue); /* to the ring as it is: what was done a moment ago may not be told yet */
             queue->bound = false;
+        }
         queue->table = next;
         if (queue->adopted != NULL)
             queue->adopted(queue);

@@ -234,6 +234,11 @@ bool vring_must_notify(struct vring *ring)
     return (uint16_t)(new_idx - event - 1) < (uint16_t)(new_idx - old_idx);
 }
 
+uint16_t vring_avail_idx(const struct vring *ring)
+{
+    return GUEST_LOAD(&ring->avail->idx);
+}
+
 bool vring_driver_sleeps(struct vring *ring)
 {
     return ring->event_idx && GUEST_LOAD(used_event(ring)) == ring->published;
