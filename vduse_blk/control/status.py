@@ -15,7 +15,8 @@ from vduse_blk.control.rundir import DiskPaths, disk_names, is_locked
 
 _SHOWN_EVENTS: Final = 10
 _CLAIM_SECONDS: Final = 5.0
-"""How long a server may take from its process's birth to the lock, before its start is taken for one that failed."""
+"""How long after ``attach`` has made a directory, or put a log into it, its server may take to lock it; then the start is
+taken for one that failed."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,16 @@ def disk_status(name: str, timeout: float = 2.0) -> DiskStatus:
 
 def _unserved(name: str) -> DiskStatus:
     """Nobody listens. Raises ``ControlError`` (exit 3) if the disk has gone while we looked."""
-    if is_locked(name) or _is_claimed(name):
-        return _unanswered(name, "starting")
-    return _unanswered(name, "dead")
-
-
-def _is_claimed(name: str) -> bool:
-    """Whether an ``attach`` has made the directory just now and its server has not locked it yet, which is followed by
-    writing the state."""
     paths = DiskPaths.of(name)
+    was_served = paths.state.exists()  # looked at before the lock: a server takes that, then writes the state
+    if is_locked(name):
+        return _unanswered(name, "starting")
     try:
-        made = paths.directory.stat().st_mtime
+        changed = paths.directory.stat().st_mtime
     except FileNotFoundError:
         raise ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND) from None
-    return not paths.state.exists() and abs(time.time() - made) < _CLAIM_SECONDS
+    is_claimed = not was_served and abs(time.time() - changed) < _CLAIM_SECONDS
+    return _unanswered(name, "starting" if is_claimed else "dead")
 
 
 def _unanswered(name: str, state: str) -> DiskStatus:
