@@ -27,6 +27,8 @@ from vduse_blk.testing.recorder import Call, Recorder
 SEED = int(os.environ.get("SEED", "20"))
 CUTS = 500  # each of two modes: 1000 a path
 REQUESTS = 1500
+AT_STAKE = {False: 1000, True: 50}
+"""Blocks that some cut could lose, by whether every write is durable: then only those under way, fewer on a busy machine."""
 
 
 class Slow(Recorder):
@@ -93,7 +95,7 @@ def run_plugin(fua: Support, *, writethrough: bool, stack: type[Stack] = Stack) 
 def test_the_plugin_path_loses_nothing_acknowledged(fua: Support, writethrough: bool) -> None:
     unsure, backend = run_plugin(fua, writethrough=writethrough)
     assert backend.failures > 10
-    assert unsure > 1000  # there was something to lose
+    assert unsure > AT_STAKE[writethrough]  # there was something to lose
 
 
 @pytest.mark.parametrize(("stack", "writethrough"), [(Hasty, False), (Forgetful, True)])
@@ -130,7 +132,7 @@ def test_the_native_path_loses_nothing_acknowledged(kind: str, mode: str) -> Non
     assert changes > REQUESTS / 2
     assert flushes > REQUESTS / 20
     assert retries > 10
-    assert unsure > 1000
+    assert unsure > AT_STAKE[mode == "writethrough"]
 
 
 @ENGINES
