@@ -9,7 +9,7 @@ from typing import Any
 
 from vduse_blk.control.errors import ControlError, Exit, Hangup, NotServed
 from vduse_blk.control.messages import MAX_MESSAGE, decode_message, encode_message
-from vduse_blk.control.rundir import DiskPaths, in_the_way
+from vduse_blk.control.rundir import DiskPaths, in_the_way, no_such_disk
 
 
 class Client:
@@ -98,7 +98,7 @@ def _connect_error(name: str, paths: DiskPaths, error: OSError) -> ControlError:
         if os.path.lexists(root) and not root.is_dir():
             return in_the_way(root)
         if not paths.directory.is_dir():
-            return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
+            return no_such_disk(name)
         return NotServed(f"disk '{name}' has no server; `vduse-blk info {name}` says what leads out of that", Exit.FAILED)
     if isinstance(error, PermissionError):
         return ControlError(f"{paths.socket}: no permission; run as root", Exit.DENIED)

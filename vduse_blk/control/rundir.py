@@ -157,6 +157,11 @@ def check_directory(name: str) -> None:
         pass
 
 
+def no_such_disk(name: str) -> ControlError:
+    """The error (exit 3) of a name that has no directory."""
+    return ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND)
+
+
 def in_the_way(path: Path) -> ControlError:
     """The error (exit 4) of a path that should be a directory."""
     return ControlError(f"{path} is in the way: it is not a directory", Exit.BUSY)

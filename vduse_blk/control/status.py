@@ -11,7 +11,7 @@ from vduse_blk.control.client import Client
 from vduse_blk.control.errors import ControlError, Exit, NotServed
 from vduse_blk.control.notes import read_events, read_state
 from vduse_blk.control.process import is_dying
-from vduse_blk.control.rundir import DiskPaths, disk_names, is_locked
+from vduse_blk.control.rundir import DiskPaths, disk_names, is_locked, no_such_disk
 
 _SHOWN_EVENTS: Final = 10
 _CLAIM_SECONDS: Final = 5.0
@@ -64,7 +64,7 @@ def _unserved(name: str) -> DiskStatus:
     try:
         changed = paths.directory.stat().st_mtime
     except FileNotFoundError:
-        raise ControlError(f"no disk is called '{name}'; `vduse-blk list` shows all", Exit.NOT_FOUND) from None
+        raise no_such_disk(name) from None
     is_claimed = not was_served and abs(time.time() - changed) < _CLAIM_SECONDS
     return _unanswered(name, "starting" if is_claimed else "dead")
 
