@@ -70,8 +70,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     uint32_t handed_over; /* requests that other CPUs copy now */
     uint32_t first;   /* requests of the chunk that wakes the driver, if that is less than others have */
     uint16_t woken_at; /* avail.idx when the driver was woken last */
-    bool waking;      /* it was, and whether that was early enough is not known yet */
-    bool came;        /* it has slept again since it was woken first, so it was */
+    uint32_t wakes;   /* how often it was since everything was done last; more than once: it came, and slept again */
     uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
     uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
     uint32_t spin_after; /* of these, how many are left */
@@ -183,25 +182,21 @@ static void publish(struct vb_engine *engine)
 {
     if (!queue_publish(engine->queue))
         return;
-    if (engine->waking) {
+    if (engine->wakes++ != 0)
         came_early(engine);
-        engine->came = true;
-    }
-    engine->waking = true;
     engine->woken_at = vring_avail_idx(&engine->queue->ring);
 }
 
 /* Everything the driver has made available is done. */
 static void ran_out(struct vb_engine *engine)
 {
-    if (!engine->waking || engine->queue->inflight != 0)
+    if (engine->wakes == 0 || engine->queue->inflight != 0)
         return;
     if (engine->queue->ring.last_avail != engine->woken_at)
         came_early(engine);
-    else if (!engine->came)
+    else if (engine->wakes == 1)
         engine->first = engine->first / 2 > FIRST_LEAST ? engine->first / 2 : FIRST_LEAST;
-    engine->waking = false;
-    engine->came = false;
+    engine->wakes = 0;
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
