@@ -24,6 +24,7 @@ SOURCES = (
     "target_memory.c",
     "pool.c",
     "retry.c",
+    "pace.c",
     "engine.c",
 )
 
@@ -42,7 +43,7 @@ ffi.set_source(
     # Relative: setuptools wants sources inside the tree, and builds run from its top.
     sources=[os.path.relpath(HERE / name) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE)],
-    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "fixed.h", "pool.h")],
+    depends=[os.path.relpath(HERE / name) for name in ("api.h", "core.h", "uring.h", "fixed.h", "pace.h", "pool.h")],
     # Hidden: calls between the sources need not be open to replacement, and go straight.
     extra_compile_args=[
         "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fno-strict-aliasing", "-fvisibility=hidden",

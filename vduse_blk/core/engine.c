@@ -4,23 +4,10 @@
  *   fetch <= chunk requests and <= CHUNK_BYTES -> submit (and wait only if nothing else is waiting) -> reap -> publish
  *   once -> notify at most once -> again
  *
- * The chunk is the most important number here: without it the whole queue moves in lock step (fetch all, wait for all),
- * with a chunk of one every request pays its own system calls and interrupt. Half of what there is, within CHUNK_LEAST and
- * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured). All
- * of it where the queue threads leave no CPU to the sender: then nothing overlaps anyway.
- *
- * A driver that sleeps takes time to come. If everything was done before it came, it is woken earlier the next time, by a
- * chunk of its own of half as many requests, down to FIRST_LEAST; if it came before, by one request more. Where a wake-up
- * takes as long as many requests the two sides overlap so; where it does not, nothing is woken more often than need be.
+ * How many requests a chunk is, and whether to look before sleeping, is pace.c's affair.
  *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
- *
- * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
- * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
- * done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed,
- * saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU: the more
- * often in a row, the longer before it looks again.
  *
  * Two loops: serve_uring for files, serve_sync for storage that is done when the call returns (memory, null) and for
  * processes where io_uring is forbidden, whose requests on files run in a pool of threads (pool.h). Files in memory are
@@ -31,6 +18,7 @@
 #define _GNU_SOURCE
 #include "core.h"
 #include "fixed.h"
+#include "pace.h"
 #include "pool.h"
 #include "uring.h"
 
@@ -48,10 +36,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, CHUNK_BYTES = 256 * 1024, FIRST_LEAST = 2 };
+enum { CHUNK_BYTES = 256 * 1024 };
 enum { SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
 enum { INLINE_BYTES = 128 * 1024 };
-enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000, SPIN_PAUSE_MOST = 1024 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
 
 struct vb_engine { /* owner: the queue thread once started; control creates and joins */
@@ -65,23 +52,15 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     bool arm_kick;
     bool arm_wake;
     int epoll_fd;
-    uint32_t cpus;    /* this process may run on */
-    uint32_t crowd;   /* as many queue threads awake leave no CPU to who sends the requests */
+    uint32_t cpus; /* this process may run on */
     uint32_t handed_over; /* requests that other CPUs copy now */
-    uint32_t first;   /* requests of the chunk that wakes the driver, if that is less than others have */
-    uint16_t woken_at; /* avail.idx when the driver was woken last */
-    uint32_t wakes;   /* how often it was since everything was done last; more than once: it came, and slept again */
-    uint32_t spin_ns; /* how long to look before sleeping; 0 = not at all */
-    uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
-    uint32_t spin_after; /* of these, how many are left */
+    struct pace pace;
     pthread_t thread;
     sem_t started;
     int start_error;
 };
 
 /* ---- looking before sleeping ---- */
-
-static atomic_uint awake; /* queue threads of this process that do not sleep */
 
 static uint64_t now_ns(void)
 {
@@ -99,104 +78,52 @@ static bool something_to_do(struct vb_engine *engine)
            atomic_load_explicit(&queue->table_next, memory_order_relaxed) != queue->table;
 }
 
-static void stop_spinning(struct vb_engine *engine)
-{
-    if (engine->spin_pause < SPIN_PAUSE_MOST)
-        engine->spin_pause = engine->spin_pause == 0 ? 1 : engine->spin_pause * 2;
-    engine->spin_after = engine->spin_pause;
-    engine->spin_ns = 0;
-}
-
 /* Kicks are off meanwhile. True: there is something to do. */
 static bool spin(struct vb_engine *engine)
 {
-    if (engine->spin_ns == 0 || atomic_load_explicit(&awake, memory_order_relaxed) >= engine->crowd)
+    uint32_t most = pace_look_ns(&engine->pace);
+    if (most == 0)
         return false;
-    uint64_t end = now_ns() + engine->spin_ns;
+    uint64_t end = now_ns() + most;
     do {
         for (int i = 0; i < 16; i++) {
             if (something_to_do(engine)) {
                 COUNT(engine->queue->counters.spin_hits, 1);
-                engine->spin_pause /= 2;
+                pace_seen(&engine->pace);
                 return true;
             }
             cpu_relax();
         }
     } while (now_ns() < end);
-    if (engine->target.spin == VB_SPIN_AUTO && engine->spin_ns == SPIN_MAX_NS)
-        stop_spinning(engine);
+    pace_in_vain(&engine->pace);
     return false;
 }
 
 static uint64_t before_sleep(void)
 {
-    atomic_fetch_sub_explicit(&awake, 1, memory_order_relaxed);
+    pace_asleep();
     return now_ns();
 }
 
-/* `began_io`: the call also handed over requests, so if it was short that says nothing about when the next one comes. */
+/* `began_io`: the call also handed over requests. */
 static void after_sleep(struct vb_engine *engine, uint64_t slept_at, bool began_io)
 {
-    atomic_fetch_add_explicit(&awake, 1, memory_order_relaxed);
-    if (engine->target.spin != VB_SPIN_AUTO)
-        return;
-    if (now_ns() - slept_at > SPIN_MAX_NS)
-        engine->spin_ns = 0;
-    else if (began_io)
-        return;
-    else if (engine->spin_after != 0)
-        engine->spin_after--;
-    else if (engine->spin_ns == 0)
-        engine->spin_ns = SPIN_FIRST_NS;
-    else if (engine->spin_ns < SPIN_MAX_NS)
-        engine->spin_ns = engine->spin_ns * 2 < SPIN_MAX_NS ? engine->spin_ns * 2 : SPIN_MAX_NS;
-}
-
-/* ---- chunks ---- */
-
-/*
- * Requests of the next chunk: half of what there is, so that one half is with the storage or the sender while the other is
- * with us; fewer if they wake a driver that would come too late otherwise, and storage has answered all it was asked.
- */
-static uint32_t chunk(const struct vb_engine *engine)
-{
-    struct vb_queue *queue = engine->queue;
-    uint32_t count = queue->inflight + vring_pending(&queue->ring);
-    bool overlaps = atomic_load_explicit(&awake, memory_order_relaxed) < engine->crowd;
-    if (overlaps)
-        count /= 2;
-    count = count < CHUNK_LEAST ? CHUNK_LEAST : count > CHUNK_MOST ? CHUNK_MOST : count;
-    if (overlaps && engine->first < count && queue->inflight == 0 && vring_driver_sleeps(&queue->ring))
-        return engine->first;
-    return count;
-}
-
-/* The driver came while we had something to do, so it might have slept a little longer. */
-static void came_early(struct vb_engine *engine)
-{
-    if (engine->first < CHUNK_MOST)
-        engine->first++;
+    pace_awake();
+    pace_slept(&engine->pace, now_ns() - slept_at, began_io);
 }
 
 static void publish(struct vb_engine *engine)
 {
-    if (!queue_publish(engine->queue))
-        return;
-    if (engine->wakes++ != 0)
-        came_early(engine);
-    engine->woken_at = vring_avail_idx(&engine->queue->ring);
+    struct vb_queue *queue = engine->queue;
+    if (queue_publish(queue))
+        pace_told(&engine->pace, vring_avail_idx(&queue->ring));
 }
 
-/* Everything the driver has made available is done. */
+/* Everything the driver has made available is done, if storage has none of it. */
 static void ran_out(struct vb_engine *engine)
 {
-    if (engine->wakes == 0 || engine->queue->inflight != 0)
-        return;
-    if (engine->queue->ring.last_avail != engine->woken_at)
-        came_early(engine);
-    else if (engine->wakes == 1)
-        engine->first = engine->first / 2 > FIRST_LEAST ? engine->first / 2 : FIRST_LEAST;
-    engine->wakes = 0;
+    if (engine->queue->inflight == 0)
+        pace_ran_out(&engine->pace, engine->queue->ring.last_avail);
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
@@ -275,7 +202,7 @@ static void serve_sync(struct vb_engine *engine)
         bool taken_up = take_up(engine, do_sync);
         if ((!atomic_load(&queue->stopping) || vb_queue_replaying(queue)) && queue_ready(queue)) {
             uint64_t bytes = 0;
-            uint32_t room = chunk(engine);
+            uint32_t room = pace_chunk(&engine->pace, queue);
             vring_disable_kick(&queue->ring);
             for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
                 bool more;
@@ -389,7 +316,7 @@ static bool fetch_chunk(struct vb_engine *engine)
     struct vb_queue *queue = engine->queue;
     uint64_t bytes = 0;
     bool more = true;
-    uint32_t room = chunk(engine);
+    uint32_t room = pace_chunk(&engine->pace, queue);
     for (uint32_t count = 0; count < room && bytes < CHUNK_BYTES; count++) {
         struct vblk_req *req = queue_fetch(queue, &more);
         if (req != NULL) {
@@ -419,7 +346,7 @@ static void serve_uring(struct vb_engine *engine)
                 publish(engine);
                 ran_out(engine);
                 if (queue->ring.fault == VRING_OK && !atomic_load(&queue->missing)) {
-                    if (engine->spin_ns != 0 && uring_unsent(&engine->ring) != 0)
+                    if (pace_looks(&engine->pace) && uring_unsent(&engine->ring) != 0)
                         more = true; /* hand over what was fetched before looking for more */
                     else
                         more = spin(engine) || vring_enable_kick(&queue->ring);
@@ -536,7 +463,7 @@ static void *run(void *argument)
     sem_post(&engine->started);
     if (!serve)
         return NULL;
-    atomic_fetch_add(&awake, 1);
+    pace_awake();
     if (engine->by_uring) {
         if (engine->file.direct && !engine->file.in_memory) { /* others copy, and look no page up */
             hold_pages(queue);
@@ -550,7 +477,7 @@ static void *run(void *argument)
         serve_sync(engine);
         pool_close(&engine->pool);
     }
-    atomic_fetch_sub(&awake, 1);
+    pace_asleep();
     return NULL;
 }
 
@@ -592,14 +519,9 @@ int vb_engine_start(struct vb_queue *queue, const struct vb_target *target)
     engine->queue = queue;
     engine->target = *target;
     target_file_open(&engine->file, target);
-    engine->first = CHUNK_MOST;
-    engine->spin_ns = target->spin == VB_SPIN_ALWAYS ? SPIN_MAX_NS : 0;
     cpu_set_t cpus;
     engine->cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint32_t)CPU_COUNT(&cpus) : 1;
-    /* Where there are CPUs that we may not use, they are the sender's. */
-    engine->crowd = engine->cpus + ((long)engine->cpus < sysconf(_SC_NPROCESSORS_ONLN) ? 1 : 0);
-    if (target->spin == VB_SPIN_ALWAYS)
-        engine->crowd = UINT32_MAX;
+    pace_init(&engine->pace, target->spin, engine->cpus);
     engine->epoll_fd = -1;
     engine->ring.fd = -1;
     sem_init(&engine->started, 0, 0);
