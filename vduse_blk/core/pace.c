@@ -11,10 +11,12 @@
  * takes as long as many requests the two sides overlap so; where it does not, nothing is woken more often than need be.
  *
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
- * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing; and it is only
- * done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed,
- * saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU: the more
- * often in a row, the longer before it looks again.
+ * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing. How long a sleep
+ * was is seen by who has woken up, and in a virtual machine both sides may take longer to wake than is ever looked for: so a
+ * sleep is short up to SHORT_SLEEP_NS, or one request missed would end the looking for good. It is only done while the queue
+ * threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed, saw nothing, and then
+ * slept for a moment only, stood in the way of that very sender, who waited for this CPU, or looks too early: the more often
+ * in a row, the longer before it looks again.
  */
 #define _GNU_SOURCE
 #include "pace.h"
@@ -23,6 +25,7 @@
 
 enum { CHUNK_LEAST = 4, CHUNK_MOST = 32, FIRST_LEAST = 2 };
 enum { SPIN_FIRST_NS = 10000, SPIN_MAX_NS = 50000, SPIN_PAUSE_MOST = 1024 };
+enum { SHORT_SLEEP_NS = 4 * SPIN_MAX_NS };
 
 static atomic_uint awake; /* queue threads of this process that do not sleep */
 
@@ -127,7 +130,7 @@ void pace_slept(struct pace *pace, uint64_t ns, bool began_io)
 {
     if (pace->spin != VB_SPIN_AUTO)
         return;
-    if (ns > SPIN_MAX_NS)
+    if (ns > SHORT_SLEEP_NS)
         pace->spin_ns = 0;
     else if (began_io)
         return;
