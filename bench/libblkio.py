@@ -1,4 +1,4 @@
-"""QEMU's tools with libblkio, a vhost-user front-end without a machine. Debian 13's: ``tools/setup libblkio`` has them."""
+"""QEMU's tools of Debian 13, on whatever host: ``tools/setup libblkio`` has them. With libblkio, a front-end without a machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ def is_there() -> bool:
     return (ROOT / "ready").exists()
 
 
-def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the tools by its own loader, so that it is the same on every host; both its outputs are kept."""
+def command(name: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """How to start one of the tools by its own loader, so that it is the same on every host: words and environment."""
     (libraries,) = ROOT.glob("usr/lib/*-linux-gnu")
     (loader,) = ROOT.glob("usr/lib*/ld-linux-*.so.*")
-    command = [str(loader), "--library-path", str(libraries), str(ROOT / "usr/bin" / name), *words]
-    environment = os.environ | {"QEMU_MODULE_DIR": str(libraries / "qemu")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    words = (str(loader), "--library-path", str(libraries), str(ROOT / "usr/bin" / name))
+    return words, {"QEMU_MODULE_DIR": str(libraries / "qemu")}
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the tools; both its outputs are kept."""
+    start, environment = command(name)
+    return subprocess.run(
+        [*start, *words], env=os.environ | environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    )
 
 
 def disk(socket: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import itertools
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,14 @@ from bench.vhost_servers import (
     IMAGE_BYTES,
     MIB,
     QSD,
+    Qsd,
     Server,
     cpu_each,
     end_on_signals,
     make_image,
     ours,
     qsd,
+    qsds,
     syscalls_per_io,
     turn,
 )
@@ -48,7 +51,8 @@ LIMIT_NOTE = "client and ring are the limit: without storage it is hardly faster
 class Case:
     """A load on the servers of one place. ``words`` go to vhost_gen; the ratios ``least`` and ``cpu_least`` are demanded.
 
-    ``cpu_each``: server and client are bound to a CPU each.
+    ``cpu_each``: server and client are bound to a CPU each. ``straight``: fio on the file itself takes turns, too, and
+    ``straight_least`` of its IOPS is demanded.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Case:
     least: float | None = None
     cpu_least: float | None = None
     cpu_each: bool = False
+    straight: bool = False
+    straight_least: float | None = None
 
 
 HOLES, TMPFS, PYTHON = "file of holes", "tmpfs", "Python backend"
@@ -67,9 +73,10 @@ CASES = (
     # With the scheduler free a queue depth of 1 has two outcomes, both on one CPU or on two: a factor of four.
     Case("4k randread QD1", HOLES, (*_4K, "--depth", "1"), least=2.5, cpu_each=True),
     Case("4k randread QD1, scheduler free", HOLES, (*_4K, "--depth", "1")),
-    Case("4k randread QD32", HOLES, (*_4K, "--depth", "32"), least=2.3, cpu_least=2.0),
+    Case("4k randread QD32", HOLES, (*_4K, "--depth", "32"), least=2.3, cpu_least=2.0, straight=True),
     Case("4k randread QD128", HOLES, (*_4K, "--depth", "128"), least=2.7, cpu_least=2.0),
-    Case("4k randread QD32, polling client", HOLES, (*_4K, "--depth", "32", "--poll")),
+    # fio never sleeps: whoever is to reach its rate must not wait to be woken either.
+    Case("4k randread QD32, polling client", HOLES, (*_4K, "--depth", "32", "--poll"), straight=True, straight_least=0.9),
     Case("4k randread QD32 on each of 2 queues", HOLES, (*_4K, "--depth", "32", "--queues", "2"), least=3.5),
     Case("4k randread QD32", TMPFS, (*_4K, "--depth", "32"), least=2.0),
     Case("4k randwrite QD32", TMPFS, (*_4K, "--depth", "32", "--op", "write"), least=2.0),
@@ -85,7 +92,6 @@ PEERS = {
     TMPFS: ("aio=io_uring,cache.direct=on", "aio=threads", "aio=threads,cache.direct=on"),
     PYTHON: ("aio=io_uring,cache.direct=on", "aio=threads"),
 }
-LIMIT_LEAST = 0.9
 
 
 def fio(image: Path, seconds: int) -> float:
@@ -98,7 +104,9 @@ def fio(image: Path, seconds: int) -> float:
     return float(json.loads(done.stdout)["jobs"][0]["read"]["iops"])
 
 
-def measure(place: str, cases: Sequence[Case], rounds: int, seconds: int, generator: Path) -> Iterator[Row]:
+def measure(
+    place: str, cases: Sequence[Case], programs: Sequence[Qsd], rounds: int, seconds: int, generator: Path
+) -> Iterator[Row]:
     """All rows of one place: its servers run all the time and take turns."""
     parent = "/var/tmp" if place == HOLES else "/dev/shm"
     with tempfile.TemporaryDirectory(prefix="bench", dir=parent) as name, contextlib.ExitStack() as stack:
@@ -107,16 +115,19 @@ def measure(place: str, cases: Sequence[Case], rounds: int, seconds: int, genera
         path = "plugin" if place == PYTHON else "native"
         us = stack.enter_context(ours(OURS[place].format(image=image), folder, QUEUES, path=path))
         nothing = stack.enter_context(ours(f"null:{IMAGE_BYTES}", folder, QUEUES, name="nothing"))
-        peers = []
-        for number, way in enumerate(PEERS[place]):
+        peers: dict[str, list[Server]] = {program.number: [] for program in programs}
+        for number, (program, way) in enumerate(itertools.product(programs, PEERS[place])):
             peer_image = make_image(folder / f"{number + 1}.img", filled=place != HOLES)
-            peers.append(stack.enter_context(qsd(way, number, peer_image, folder, QUEUES)))
+            server = stack.enter_context(qsd(program, way, number, peer_image, folder, QUEUES))
+            peers[program.number].append(server)
+        every = [us, nothing, *itertools.chain(*peers.values())]
         for case in cases:
-            with cpu_each([us, nothing, *peers]) if case.cpu_each else contextlib.nullcontext(()) as before:
+            with cpu_each(every) if case.cpu_each else contextlib.nullcontext(()) as before:
                 yield from measure_case(case, us, nothing, peers, rounds, seconds, generator, before, image)
-        if place == HOLES and len(cases) > 1 and libblkio.is_there():
-            yield from by_qemu_img(us, peers, rounds)
-        memory = min(peer.memory_mib() for peer in peers)
+        reference = peers[programs[0].number]
+        if place == HOLES and len(cases) > 1:
+            yield from by_qemu_img(us, reference, rounds)
+        memory = min(peer.memory_mib() for peer in reference)
         yield Row(f"{place}: unshared memory", "MiB", [us.memory_mib()], [memory], less_is_better=True)
 
 
@@ -124,27 +135,38 @@ def measure_case(
     case: Case,
     us: Server,
     nothing: Server,
-    peers: Sequence[Server],
+    peers: Mapping[str, Sequence[Server]],
     rounds: int,
     seconds: int,
     generator: Path,
     before: Sequence[str],
     image: Path,
 ) -> Iterator[Row]:
-    """One case, round by round. ``nothing``: our server of a disk without storage, which shows the client's limit."""
-    results: dict[str, list[dict[str, float]]] = {peer.way: [] for peer in peers}
+    """One case, round by round. ``peers``: by version, first the one that what is demanded refers to. ``nothing``: our
+    server of a disk without storage, which shows the client's limit.
+    """
+    results: dict[str, dict[str, list[dict[str, float]]]] = {
+        version: {server.way: [] for server in servers} for version, servers in peers.items()
+    }
     mine: list[dict[str, float]] = []
     straight: list[float] = []
     ceiling = [turn(generator, nothing, case.words, seconds, before)[case.unit] for _ in range(LIMIT_ROUNDS)]
     for _ in range(rounds):
         mine.append(turn(generator, us, case.words, seconds, before))
-        for peer in peers:
-            results[peer.way].append(turn(generator, peer, case.words, seconds, before))
-        if case.name == "4k randread QD32" and case.place == HOLES:
+        for version, servers in peers.items():
+            for server in servers:
+                results[version][server.way].append(turn(generator, server, case.words, seconds, before))
+        if case.straight:
             straight.append(fio(image, seconds))
-    best, _ = best_peer({way: [run[case.unit] for run in runs] for way, runs in results.items()})
-    yield from rows_of(case, mine, results[best], best, straight, ceiling)
-    peer = next(peer for peer in peers if peer.way == best)
+    best = {
+        version: best_peer({way: [run[case.unit] for run in runs] for way, runs in ways.items()})[0]
+        for version, ways in results.items()
+    }
+    (reference, way), *others = best.items()
+    yield from rows_of(case, mine, results[reference][way], f"{reference}, {way}", straight, ceiling)
+    for version, way_of_other in others:
+        yield from rows_of_other(case, mine, results[version][way_of_other], version, way_of_other)
+    peer = next(peer for peer in peers[reference] if peer.way == way)
     ours, theirs = (syscalls_per_io(generator, server, case.words) for server in (us, peer))
     if ours is not None and theirs is not None:
         title = f"{case.place}: {case.name}: system calls per I/O"
@@ -161,11 +183,8 @@ def rows_of(
 ) -> Iterator[Row]:
     """What one case says: its throughput first. ``straight``: fio on the file; ``ceiling``: a disk without storage."""
 
-    def rounds(runs: Sequence[dict[str, float]], key: str) -> list[float]:
-        return [run[key] for run in runs]
-
     title = f"{case.place}: {case.name}"
-    ours, peer = rounds(mine, case.unit), rounds(theirs, case.unit)
+    ours, peer = of_rounds(mine, case.unit), of_rounds(theirs, case.unit)
     notes = [f"peer: {way}"]
     if case.cpu_each:
         notes.append("server and client bound to a CPU each")
@@ -173,15 +192,30 @@ def rows_of(
         notes.append(LIMIT_NOTE)
     yield Row(title, UNITS[case.unit], ours, peer, least=case.least, notes=tuple(notes))
     if straight:
-        yield Row(f"{title}, against fio on the file", "IOPS", ours, straight, least=LIMIT_LEAST)
+        yield Row(f"{title}, against fio on the file", "IOPS", ours, straight, least=case.straight_least)
     for key, what, unit, least in (
         ("server_cpu_us_per_io", "CPU of the server per I/O", "us", case.cpu_least),
         ("p50_us", "half of the I/Os within", "us", None),
         ("p99_us", "99 % of the I/Os within", "us", None),
         ("interrupts_per_io", "interrupts per I/O", "", None),
     ):
-        yield Row(f"{title}: {what}", unit, rounds(mine, key), rounds(theirs, key), less_is_better=True, least=least)
+        yield Row(f"{title}: {what}", unit, of_rounds(mine, key), of_rounds(theirs, key), less_is_better=True, least=least)
     yield Row(f"{title}: our server without storage", UNITS[case.unit], ceiling)
+
+
+def rows_of_other(
+    case: Case, mine: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], version: str, way: str
+) -> Iterator[Row]:
+    """The same rounds beside another version of the peer; demands nothing."""
+    title = f"{case.place}: {case.name}, against {QSD} {version}"
+    yield Row(title, UNITS[case.unit], of_rounds(mine, case.unit), of_rounds(theirs, case.unit), notes=(f"peer: {way}",))
+    key = "server_cpu_us_per_io"
+    title += ": CPU of the server per I/O"
+    yield Row(title, "us", of_rounds(mine, key), of_rounds(theirs, key), less_is_better=True, notes=(f"peer: {way}",))
+
+
+def of_rounds(runs: Sequence[dict[str, float]], key: str) -> list[float]:
+    return [run[key] for run in runs]
 
 
 def by_qemu_img(us: Server, peers: Sequence[Server], rounds: int) -> Iterator[Row]:
@@ -213,31 +247,33 @@ def main() -> int:
     )
     parser.add_argument("--case", help="only these cases of what is demanded: a name or a pattern, '*QD32'")
     arguments = parser.parse_args()
+    if not libblkio.is_there():
+        parser.error("it needs QEMU's tools of Debian 13: tools/setup libblkio unpacks them")
     end_on_signals()
     generator = BUILD / "vhost_gen"
     BUILD.mkdir(parents=True, exist_ok=True)
     subprocess.run(["gcc", *CFLAGS, "-pthread", TOP / "bench/vhost_gen.c", "-o", generator], check=True)
     part = "demanded" if arguments.case else arguments.part
     rows: list[Row] = []
+    programs = qsds()
     for place in (HOLES, TMPFS, PYTHON) if part != "scaling" else ():
         cases = [case for case in CASES if case.place == place and fnmatch.fnmatch(case.name, arguments.case or "*")]
         if cases:
             print(f"bench: {place}: {len(cases)} cases", flush=True)
-            rows += measure(place, cases, arguments.rounds, arguments.seconds, generator)
+            rows += measure(place, cases, programs, arguments.rounds, arguments.seconds, generator)
     if part != "demanded":
         print("bench: queues, sizes, the log, disks", flush=True)
-        rows += scaling.measure(generator, arguments.seconds)
+        rows += scaling.measure(generator, programs[0], arguments.seconds)
     if not rows:
         parser.error(f"no such case: {arguments.case}")
-    version = subprocess.run([QSD, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
     report = Report(
         name="bench",
         machine=machine(),
         kernel=platform.release(),
-        versions={"vduse-blk": __version__, "qemu-storage-daemon": version.rpartition("version ")[2]},
+        versions={"vduse-blk": __version__, QSD: " and ".join(program.version for program in programs)},
         rows=rows,
         facts={
-            "peer": f"{QSD} with an iothread; of several ways to do its I/O the best in each case",
+            "peer": f"{QSD} {programs[0].number} with an iothread; of several ways to do its I/O the best in each case",
             "file of holes": "direct I/O that never reaches a device: what the software costs",
             "client": "vhost_gen, a sleeping front-end where not said otherwise, split ring of 256, indirect, EVENT_IDX",
         },

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.report import Row, best_peer
-from bench.vhost_servers import MIB, Server, make_image, our_words, ours, qsd, qsd_of_many, started, turn
+from bench.vhost_servers import MIB, Qsd, Server, make_image, our_words, ours, qsd, qsd_of_many, started, turn
 
 WAY = "aio=io_uring,cache.direct=on"
 QUEUES = (1, 2, 4)
@@ -35,17 +35,17 @@ LOG_AIM = "peer: ourselves without the log; aim: a ratio of at least 0.98"
 _4K = ("--size", "4096")
 
 
-def measure(generator: Path, seconds: int) -> Iterator[Row]:
+def measure(generator: Path, program: Qsd, seconds: int) -> Iterator[Row]:
     """All rows."""
     with tempfile.TemporaryDirectory(prefix="bench", dir="/var/tmp") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         images = [make_image(folder / f"{number}.img", filled=False) for number in range(2)]
         us = stack.enter_context(ours(f"file:{images[0]}?direct=1", folder, max(QUEUES)))
-        peer = stack.enter_context(qsd(WAY, 0, images[1], folder, max(QUEUES)))
+        peer = stack.enter_context(qsd(program, WAY, 0, images[1], folder, max(QUEUES)))
         yield from by_queues(generator, us, peer, seconds)
         yield from by_size(generator, us, peer, seconds)
         yield from log_cost(generator, us)
-    yield from by_disks(generator, seconds)
+    yield from by_disks(generator, program, seconds)
 
 
 def in_turns(
@@ -93,7 +93,7 @@ def log_cost(generator: Path, us: Server) -> Iterator[Row]:
         yield Row(title, unit, with_it, without, less_is_better=unit == "us", notes=(LOG_AIM,))
 
 
-def by_disks(generator: Path, seconds: int) -> Iterator[Row]:
+def by_disks(generator: Path, program: Qsd, seconds: int) -> Iterator[Row]:
     """Up to 64 disks, a server for each; the peer has a server for each as well, or one for all. As many requests in flight
     as ever, spread over some of the disks; then as many per second.
     """
@@ -109,8 +109,9 @@ def by_disks(generator: Path, seconds: int) -> Iterator[Row]:
         ]
         for server in mine:
             server.wait()
-        each = [stack.enter_context(qsd(WAY, number, image, folder, 1)) for number, image in enumerate(images)]
-        ways = {"a process for each disk": each, "one process": stack.enter_context(qsd_of_many(WAY, images, folder))}
+        each = [stack.enter_context(qsd(program, WAY, number, image, folder, 1)) for number, image in enumerate(images)]
+        one = stack.enter_context(qsd_of_many(program, WAY, images, folder))
+        ways = {"a process for each disk": each, "one process": one}
         one_disk: list[float] = []
         for number in DISKS:
             words = ("--depth", str(IN_FLIGHT // number))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
+from bench import libblkio
 from vduse_blk.control import rundir
 
 QSD = "qemu-storage-daemon"
@@ -114,20 +115,48 @@ def ours(
     return running(*our_words(source, folder, queues, path, name))
 
 
-def qsd(way: str, number: int, image: Path, folder: Path, queues: int) -> contextlib.AbstractContextManager[Server]:
+@dataclass(frozen=True)
+class Qsd:
+    """A qemu-storage-daemon that this host can run. ``version``: as it says itself."""
+
+    version: str
+    words: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def number(self) -> str:
+        """The version without the packager's."""
+        return self.version.partition(" ")[0]
+
+
+def qsds() -> tuple[Qsd, ...]:
+    """Debian 13's, which what is demanded refers to, whatever the host; then the host's own, if that is another."""
+    found: list[Qsd] = []
+    for words, environment in (libblkio.command(QSD), ((QSD,), {})):
+        said = subprocess.run(
+            [*words, "--version"], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        found.append(Qsd(said.stdout.split("\n")[0].rpartition("version ")[2], words, environment))
+    return tuple(found) if found[0].number != found[1].number else (found[0],)
+
+
+def qsd(
+    program: Qsd, way: str, number: int, image: Path, folder: Path, queues: int
+) -> contextlib.AbstractContextManager[Server]:
     """qemu-storage-daemon with an iothread. ``way``: what its file driver is told."""
     socket = folder / f"qsd{number}.sock"
-    return running(way, socket, [QSD, "--object", "iothread,id=thread", *_qsd_export(way, 0, image, socket, queues)], {})
+    words = [*program.words, "--object", "iothread,id=thread", *_qsd_export(way, 0, image, socket, queues)]
+    return running(way, socket, words, program.environment)
 
 
 @contextlib.contextmanager
-def qsd_of_many(way: str, images: Sequence[Path], folder: Path) -> Iterator[list[Server]]:
+def qsd_of_many(program: Qsd, way: str, images: Sequence[Path], folder: Path) -> Iterator[list[Server]]:
     """One qemu-storage-daemon with one iothread that exports all the images, a queue each: a Server for each export."""
     sockets = [folder / f"many{number}.sock" for number in range(len(images))]
-    words = [QSD, "--object", "iothread,id=thread"]
+    words = [*program.words, "--object", "iothread,id=thread"]
     for number, (image, socket) in enumerate(zip(images, sockets, strict=True)):
         words += _qsd_export(way, number, image, socket, 1)
-    with running(way, sockets[-1], words, {}) as server:  # it makes them in turn
+    with running(way, sockets[-1], words, program.environment) as server:  # it makes them in turn
         yield [replace(server, socket=socket) for socket in sockets]
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.compare import LIMIT_SHARE
-from bench.native import CASES, HOLES, LIMIT_LEAST, LIMIT_NOTE, Case, rows_of
+from bench.native import CASES, HOLES, LIMIT_NOTE, Case, rows_of, rows_of_other
 from bench.vhost_servers import END_SECONDS, cpu_each, running, started
 
 RUN = {"iops": 300.0, "mib_s": 9.0, "p50_us": 2.0, "p99_us": 4.0, "server_cpu_us_per_io": 1.0, "interrupts_per_io": 0.5}
@@ -39,10 +39,18 @@ def test_what_a_case_demands() -> None:
 
 def test_the_limit_is_a_row_of_its_own() -> None:
     """Against fio straight on the file a little may be lost, and no more."""
-    case = Case("a case", HOLES, ())
-    for limit, short in ((300.0, False), (300.0 / (LIMIT_LEAST - 0.01), True)):
+    case = Case("a case", HOLES, (), straight=True, straight_least=0.9)
+    for limit, short in ((300.0, False), (300.0 / 0.89, True)):
         (row,) = (row for row in rows_of(case, [RUN] * 5, [RUN] * 5, "", [limit] * 5, FAST) if "fio" in row.case)
         assert bool(row.short) == short
+
+
+def test_another_version_of_the_peer_is_shown_and_demands_nothing() -> None:
+    case = Case("a case", HOLES, (), least=9.0, cpu_least=9.0)
+    rows = list(rows_of_other(case, [RUN] * 5, [slower(3.0)] * 5, "7.2", "aio=x"))
+    assert [row.ratio for row in rows] == [3.0, 3.0]
+    assert all("7.2" in row.case for row in rows)
+    assert not [row for row in rows if row.short]
 
 
 def test_too_few_rounds_show_nothing() -> None:
