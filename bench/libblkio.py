@@ -1,4 +1,4 @@
-"""QEMU's tools of Debian 13, on whatever host: ``tools/setup libblkio`` has them. With libblkio, a front-end without a machine."""
+"""QEMU's tools of Debian 13, on any host: ``tools/setup libblkio`` has them. libblkio is a front-end without a machine."""
 
 from __future__ import annotations
 

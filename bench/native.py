@@ -116,10 +116,13 @@ def measure(
         us = stack.enter_context(ours(OURS[place].format(image=image), folder, QUEUES, path=path))
         nothing = stack.enter_context(ours(f"null:{IMAGE_BYTES}", folder, QUEUES, name="nothing"))
         peers: dict[str, list[Server]] = {program.number: [] for program in programs}
-        for number, (program, way) in enumerate(itertools.product(programs, PEERS[place])):
-            peer_image = make_image(folder / f"{number + 1}.img", filled=place != HOLES)
-            server = stack.enter_context(qsd(program, way, number, peer_image, folder, QUEUES))
-            peers[program.number].append(server)
+        for way_number, way in enumerate(PEERS[place], 1):
+            peer_image = make_image(folder / f"{way_number}.img", filled=place != HOLES)
+            for program in programs:
+                socket_folder = folder / program.number
+                socket_folder.mkdir(exist_ok=True)
+                server = stack.enter_context(qsd(program, way, way_number, peer_image, socket_folder, QUEUES))
+                peers[program.number].append(server)
         every = [us, nothing, *itertools.chain(*peers.values())]
         for case in cases:
             with cpu_each(every) if case.cpu_each else contextlib.nullcontext(()) as before:
