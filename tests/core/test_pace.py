@@ -28,7 +28,7 @@ def pace_lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
         uint32_t pace_look_ns(const struct pace *pace);
         void pace_seen(struct pace *pace);
         void pace_in_vain(struct pace *pace);
-        void pace_slept(struct pace *pace, uint64_t ns, bool began_io);
+        void pace_slept(struct pace *pace, uint64_t ns, bool busy, bool began_io);
     """)
     sources = [str(build.HERE / name) for name in ("pace.c", "vring_split.c", "iova.c")]
     ffi.set_source(
@@ -55,19 +55,25 @@ class Thread:
         """Microseconds it would look now."""
         return int(self.lib.pace_look_ns(self.pace)) // US
 
-    def waits(self, request_after: float, wake_up: float) -> bool:
-        """A request comes after so many microseconds, and a wake-up takes so many. Whether looking saw it."""
+    def waits(self, until: float, wake_up: float, *, busy: bool = False) -> bool:
+        """Something comes after so many microseconds, and a wake-up takes so many. ``busy``: storage has requests. Whether
+        looking saw it."""
         looked = self.looks()
         if looked:
-            if request_after <= looked:
+            if until <= looked:
                 self.lib.pace_seen(self.pace)
                 return True
             self.lib.pace_in_vain(self.pace)
-        self.lib.pace_slept(self.pace, int((request_after - looked + wake_up) * US), False)
+        self.lib.pace_slept(self.pace, int((until - looked + wake_up) * US), busy, False)
         return False
+
+    def begins_io(self, us: float) -> None:
+        """It hands requests over and sleeps, in one."""
+        self.lib.pace_slept(self.pace, int(us * US), True, True)
 
 
 def test_waits_within_what_is_looked_for_are_seen(pace_lib: Any) -> None:
+    """It looks longer and longer, until that is long enough."""
     thread = Thread(pace_lib)
     seen = [thread.waits(30, 5) for _ in range(20)]
     assert seen == [False] * 3 + [True] * 17  # 0, 10, 20, 40 us
@@ -83,7 +89,50 @@ def test_a_slow_wake_up_does_not_end_the_looking(pace_lib: Any) -> None:
     assert seen[-10:] == [True] * 10
 
 
+def test_with_slow_storage_nobody_looks(pace_lib: Any) -> None:
+    """Neither for it nor for the driver, whose sleeps would be short enough."""
+    thread = Thread(pace_lib)
+    while not thread.waits(40, 5):
+        pass
+    assert not thread.waits(120, 5, busy=True)
+    for _ in range(100):
+        assert not thread.waits(30, 30)
+        assert not thread.waits(80, 30, busy=True)
+        assert thread.looks() == 0
+
+
+def test_storage_that_was_slow_once_is_forgotten(pace_lib: Any) -> None:
+    """Flushes, say, or large transfers; then requests that are done at once."""
+    thread = Thread(pace_lib)
+    thread.waits(1000, 30, busy=True)
+    seen = [thread.waits(20, 30) for _ in range(20)]
+    assert seen[-10:] == [True] * 10
+
+
+def test_fast_storage_is_looked_for(pace_lib: Any) -> None:
+    """As the driver is."""
+    thread = Thread(pace_lib)
+    seen = [thread.waits(15, 5, busy=True) and thread.waits(30, 5) for _ in range(20)]
+    assert seen[-10:] == [True] * 10
+
+
+def test_a_short_sleep_that_began_with_io_says_nothing(pace_lib: Any) -> None:
+    """What was handed over may have been done at once."""
+    thread = Thread(pace_lib)
+    for _ in range(10):
+        thread.begins_io(5)
+    assert thread.looks() == 0
+    while not thread.waits(15, 5):
+        pass
+    before = thread.looks()
+    thread.begins_io(5)
+    assert thread.looks() == before != 0
+    thread.begins_io(80)
+    assert thread.looks() == 0
+
+
 def test_a_long_sleep_ends_the_looking(pace_lib: Any) -> None:
+    """An idle disk costs nothing."""
     thread = Thread(pace_lib)
     while not thread.waits(40, 5):
         pass
@@ -103,6 +152,7 @@ def test_looking_in_vain_becomes_rare(pace_lib: Any) -> None:
 
 
 def test_looking_pays_again_when_requests_come_soon_again(pace_lib: Any) -> None:
+    """However often it was in vain before."""
     thread = Thread(pace_lib)
     for _ in range(200):
         thread.waits(80, 40)
@@ -111,6 +161,7 @@ def test_looking_pays_again_when_requests_come_soon_again(pace_lib: Any) -> None
 
 
 def test_nobody_looks_where_no_cpu_is_left_to_the_sender(pace_lib: Any) -> None:
+    """As many queue threads run as there are CPUs."""
     thread = Thread(pace_lib)
     while not thread.waits(40, 5):
         pass
@@ -125,8 +176,9 @@ def test_nobody_looks_where_no_cpu_is_left_to_the_sender(pace_lib: Any) -> None:
 
 @pytest.mark.parametrize(("spin", "looks"), [(core.VB_SPIN_ALWAYS, 50), (core.VB_SPIN_NEVER, 0)])
 def test_told_what_to_do_it_learns_nothing(pace_lib: Any, spin: int, looks: int) -> None:
+    """Always and never are just that."""
     thread = Thread(pace_lib, spin)
-    for request_after in (10, 100, 1000, 10):
+    for until in (10, 100, 1000, 10):
         assert thread.looks() == looks
-        thread.waits(request_after, 5)
+        thread.waits(until, 5)
     assert thread.looks() == looks

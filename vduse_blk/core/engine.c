@@ -4,7 +4,8 @@
  *   fetch <= chunk requests and <= CHUNK_BYTES -> submit (and wait only if nothing else is waiting) -> reap -> publish
  *   once -> notify at most once -> again
  *
- * How many requests a chunk is, and whether to look before sleeping, is pace.c's affair.
+ * How many requests a chunk is, when to wake the driver, and whether to look before sleeping, is pace.c's affair. Besides, a
+ * chunk is bounded by bytes, so that large transfers still overlap.
  *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
@@ -60,7 +61,7 @@ struct vb_engine { /* owner: the queue thread once started; control creates and 
     int start_error;
 };
 
-/* ---- looking before sleeping ---- */
+/* ---- pace ---- */
 
 static uint64_t now_ns(void)
 {
@@ -105,11 +106,11 @@ static uint64_t before_sleep(void)
     return now_ns();
 }
 
-/* `began_io`: the call also handed over requests. */
+/* `began_io`: the call also handed over requests. Before anything is reaped: what flies now flew during the sleep. */
 static void after_sleep(struct vb_engine *engine, uint64_t slept_at, bool began_io)
 {
     pace_awake();
-    pace_slept(&engine->pace, now_ns() - slept_at, began_io);
+    pace_slept(&engine->pace, now_ns() - slept_at, engine->queue->inflight != 0, began_io);
 }
 
 static void publish(struct vb_engine *engine)
@@ -346,7 +347,7 @@ static void serve_uring(struct vb_engine *engine)
                 publish(engine);
                 ran_out(engine);
                 if (queue->ring.fault == VRING_OK && !atomic_load(&queue->missing)) {
-                    if (pace_looks(&engine->pace) && uring_unsent(&engine->ring) != 0)
+                    if (pace_may_look(&engine->pace) && uring_unsent(&engine->ring) != 0)
                         more = true; /* hand over what was fetched before looking for more */
                     else
                         more = spin(engine) || vring_enable_kick(&queue->ring);

@@ -3,8 +3,8 @@
  *
  * The chunk is the most important number here: without it the whole queue moves in lock step (fetch all, wait for all),
  * with a chunk of one every request pays its own system calls and interrupt. Half of what there is, within CHUNK_LEAST and
- * CHUNK_MOST, and bounded by bytes so that large transfers still overlap (docs/performance.md has what was measured). All
- * of it where the queue threads leave no CPU to the sender: then nothing overlaps anyway.
+ * CHUNK_MOST (docs/performance.md has what was measured). All of it where the queue threads leave no CPU to the sender: then
+ * nothing overlaps anyway.
  *
  * A driver that sleeps takes time to come. If everything was done before it came, it is woken earlier the next time, by a
  * chunk of its own of half as many requests, down to FIRST_LEAST; if it came before, by one request more. Where a wake-up
@@ -13,10 +13,12 @@
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
  * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing. How long a sleep
  * was is seen by who has woken up, and in a virtual machine both sides may take longer to wake than is ever looked for: so a
- * sleep is short up to SHORT_SLEEP_NS, or one request missed would end the looking for good. It is only done while the queue
- * threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed, saw nothing, and then
- * slept for a moment only, stood in the way of that very sender, who waited for this CPU, or looks too early: the more often
- * in a row, the longer before it looks again.
+ * sleep that only the driver could end is short up to SHORT_SLEEP_NS, or one request missed would end the looking for good.
+ * Storage that takes longer than is ever looked for ends it, and the driver's next wait with it: what could be gained is
+ * little beside what storage takes, and a driver on the same CPU would have to move.
+ * It is only done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is
+ * allowed, saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU, or
+ * looks too early: the more often in a row, the longer before it looks again.
  */
 #define _GNU_SOURCE
 #include "pace.h"
@@ -106,7 +108,7 @@ uint32_t pace_look_ns(const struct pace *pace)
     return overlaps(pace) ? pace->spin_ns : 0;
 }
 
-bool pace_looks(const struct pace *pace)
+bool pace_may_look(const struct pace *pace)
 {
     return pace->spin_ns != 0;
 }
@@ -126,11 +128,13 @@ void pace_in_vain(struct pace *pace)
     pace->spin_ns = 0;
 }
 
-void pace_slept(struct pace *pace, uint64_t ns, bool began_io)
+void pace_slept(struct pace *pace, uint64_t ns, bool busy, bool began_io)
 {
     if (pace->spin != VB_SPIN_AUTO)
         return;
-    if (ns > SHORT_SLEEP_NS)
+    bool slow = busy ? ns > SPIN_MAX_NS : pace->slow;
+    pace->slow = busy && (slow || pace->slow);
+    if (slow || ns > SHORT_SLEEP_NS)
         pace->spin_ns = 0;
     else if (began_io)
         return;

@@ -13,6 +13,7 @@ struct pace { /* owner: the queue thread */
     uint32_t spin_ns;    /* how long to look before sleeping; 0 = not at all */
     uint32_t spin_pause; /* short sleeps to let pass when looking was in vain; doubled each time, halved when it was not */
     uint32_t spin_after; /* of these, how many are left */
+    bool slow;           /* storage took long since only the driver could end a sleep */
 };
 
 /* `cpus`: how many this process may run on. */
@@ -26,14 +27,17 @@ uint32_t pace_chunk(const struct pace *pace, struct vb_queue *queue);
 void pace_told(struct pace *pace, uint16_t avail_idx);
 /* Everything is done that the driver has made available, up to `popped`. */
 void pace_ran_out(struct pace *pace, uint16_t popped);
-/* How long to look for something to do before sleeping; 0: do not. */
+/* How long to look for something to do before sleeping; 0: do not, or not now because there is no CPU for it. */
 uint32_t pace_look_ns(const struct pace *pace);
-/* Whether to look at all, if there is a CPU for it. */
-bool pace_looks(const struct pace *pace);
+/* Whether it looks before sleeping at all. */
+bool pace_may_look(const struct pace *pace);
 /* Looking found something, or nothing in all that time. */
 void pace_seen(struct pace *pace);
 void pace_in_vain(struct pace *pace);
-/* `began_io`: the call also handed over requests, so if it was short that says nothing about when the next one comes. */
-void pace_slept(struct pace *pace, uint64_t ns, bool began_io);
+/*
+ * It slept so long. `busy`: storage had requests, and may have ended it. `began_io`: the call also handed requests over, so if
+ * it was short that says nothing about when the next one comes.
+ */
+void pace_slept(struct pace *pace, uint64_t ns, bool busy, bool began_io);
 
 #endif
