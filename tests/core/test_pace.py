@@ -151,6 +151,17 @@ def test_looking_in_vain_becomes_rare(pace_lib: Any) -> None:
     assert 0 < looked <= 20
 
 
+def test_looking_before_long_sleeps_becomes_rare(pace_lib: Any) -> None:
+    """Where many share the CPUs some waits are short, and the next is not: looking after those costs the others."""
+    thread = Thread(pace_lib)
+    looked = 0
+    for _ in range(5000):
+        for until in (150, 400):
+            looked += thread.looks() != 0
+            assert not thread.waits(until, 20)
+    assert 0 < looked <= 40
+
+
 def test_looking_pays_again_when_requests_come_soon_again(pace_lib: Any) -> None:
     """However often it was in vain before."""
     thread = Thread(pace_lib)

@@ -18,7 +18,8 @@
  * little beside what storage takes, and a driver on the same CPU would have to move.
  * It is only done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is
  * allowed, saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU, or
- * looks too early: the more often in a row, the longer before it looks again.
+ * looks too early; whoever looked and then slept long looked for nothing. The more often in a row, the longer before it looks
+ * again.
  */
 #define _GNU_SOURCE
 #include "pace.h"
@@ -118,14 +119,18 @@ void pace_seen(struct pace *pace)
     pace->spin_pause /= 2;
 }
 
-void pace_in_vain(struct pace *pace)
+static void leave_off(struct pace *pace)
 {
-    if (pace->spin != VB_SPIN_AUTO || pace->spin_ns != SPIN_MAX_NS)
-        return;
     if (pace->spin_pause < SPIN_PAUSE_MOST)
         pace->spin_pause = pace->spin_pause == 0 ? 1 : pace->spin_pause * 2;
     pace->spin_after = pace->spin_pause;
     pace->spin_ns = 0;
+}
+
+void pace_in_vain(struct pace *pace)
+{
+    if (pace->spin == VB_SPIN_AUTO && pace->spin_ns == SPIN_MAX_NS)
+        leave_off(pace);
 }
 
 void pace_slept(struct pace *pace, uint64_t ns, bool busy, bool began_io)
@@ -134,9 +139,10 @@ void pace_slept(struct pace *pace, uint64_t ns, bool busy, bool began_io)
         return;
     bool slow = busy ? ns > SPIN_MAX_NS : pace->slow;
     pace->slow = busy && (slow || pace->slow);
-    if (slow || ns > SHORT_SLEEP_NS)
-        pace->spin_ns = 0;
-    else if (began_io)
+    bool is_long = slow || ns > SHORT_SLEEP_NS;
+    if (is_long && pace->spin_ns != 0)
+        leave_off(pace); /* it looked less long than is allowed, in vain as well */
+    else if (is_long || began_io)
         return;
     else if (pace->spin_after != 0)
         pace->spin_after--;
