@@ -51,8 +51,8 @@ LIMIT_NOTE = "client and ring are the limit: without storage it is hardly faster
 class Case:
     """A load on the servers of one place. ``words`` go to vhost_gen; the ratios ``least`` and ``cpu_least`` are demanded.
 
-    ``cpu_each``: server and client are bound to a CPU each. ``straight``: fio on the file itself takes turns, too, and
-    ``straight_least`` of its IOPS is demanded.
+    ``cpu_each``: server and client are bound to a CPU each. ``straight``: fio on the file itself takes turns, too,
+    with 4 KiB random reads at queue depth 32, and ``straight_least`` of its IOPS is demanded.
     """
 
     name: str
@@ -88,7 +88,7 @@ UNITS = {"iops": "IOPS", "mib_s": "MiB/s"}
 # How each side is told to do its I/O. QSD: every way that could be its best.
 OURS = {HOLES: "file:{image}?direct=1", TMPFS: "file:{image}", PYTHON: "memory:1G"}
 PEERS = {
-    HOLES: ("aio=io_uring,cache.direct=on",),
+    HOLES: ("aio=io_uring,cache.direct=on", "aio=native,cache.direct=on"),
     TMPFS: ("aio=io_uring,cache.direct=on", "aio=threads", "aio=threads,cache.direct=on"),
     PYTHON: ("aio=io_uring,cache.direct=on", "aio=threads"),
 }
@@ -132,8 +132,9 @@ def measure(
         reference = peers[programs[0].number]
         if place == HOLES and len(cases) > 1:
             yield from by_qemu_img(us, reference, rounds)
-        memory = min(peer.memory_mib() for peer in reference)
-        yield Row(f"{place}: unshared memory", "MiB", [us.memory_mib()], [memory], less_is_better=True)
+        if place != PYTHON:  # there the disk itself is our memory
+            memory = min(peer.memory_mib() for peer in reference)
+            yield Row(f"{place}: unshared memory", "MiB", [us.memory_mib()], [memory], less_is_better=True)
 
 
 def fill(generator: Path, us: Server) -> None:
@@ -176,7 +177,7 @@ def measure_case(
         for version, ways in results.items()
     }
     (reference, way), *others = best.items()
-    yield from rows_of(case, mine, results[reference][way], f"{reference}, {way}", straight, ceiling)
+    yield from rows_of(case, mine, results[reference][way], way, straight, ceiling)
     for version, way_of_other in others:
         yield from rows_of_other(case, mine, results[version][way_of_other], version, way_of_other)
     peer = next(peer for peer in peers[reference] if peer.way == way)
@@ -220,11 +221,10 @@ def rows_of_other(
     case: Case, mine: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], version: str, way: str
 ) -> Iterator[Row]:
     """The same rounds beside another version of the peer; demands nothing."""
-    title = f"{case.place}: {case.name}, against {QSD} {version}"
-    yield Row(title, UNITS[case.unit], of_rounds(mine, case.unit), of_rounds(theirs, case.unit), notes=(f"peer: {way}",))
-    key = "server_cpu_us_per_io"
-    title += ": CPU of the server per I/O"
-    yield Row(title, "us", of_rounds(mine, key), of_rounds(theirs, key), less_is_better=True, notes=(f"peer: {way}",))
+    title, other, notes = f"{case.place}: {case.name}", readme.against(f"{QSD} {version}"), (f"peer: {way}",)
+    yield Row(f"{title}{other}", UNITS[case.unit], of_rounds(mine, case.unit), of_rounds(theirs, case.unit), notes=notes)
+    ours, peer = of_rounds(mine, "server_cpu_us_per_io"), of_rounds(theirs, "server_cpu_us_per_io")
+    yield Row(f"{title}: CPU of the server per I/O{other}", "us", ours, peer, less_is_better=True, notes=notes)
 
 
 def of_rounds(runs: Sequence[dict[str, float]], key: str) -> list[float]:
@@ -241,7 +241,13 @@ def by_qemu_img(us: Server, peers: Sequence[Server], rounds: int) -> Iterator[Ro
             for peer in peers:
                 theirs[peer.way].append(libblkio.iops(peer.socket, depth))
         way, best = best_peer(theirs)
-        yield Row(f"{HOLES}: 4k read QD{depth} by qemu-img bench", "IOPS", mine, best, notes=(f"peer: {way}", "libblkio"))
+        yield Row(
+            f"{HOLES}: 4k read QD{depth} by qemu-img bench",
+            "IOPS",
+            mine,
+            best,
+            notes=(f"peer: {way}", "libblkio"),
+        )
 
 
 def machine() -> str:

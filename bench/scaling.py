@@ -63,14 +63,16 @@ def by_queues(generator: Path, us: Server, peer: Server, seconds: int) -> Iterat
     for number in QUEUES:
         words = (*_4K, "--depth", "32", "--queues", str(number))
         mine, theirs = in_turns(generator, us, peer, words, "iops", seconds)
-        yield Row(f"scaling: 4k randread QD32 on each of {number} queues", "IOPS", mine, theirs, notes=(f"peer: {WAY}",))
+        yield Row(
+            f"scaling: 4k randread QD32 on each of {number} queues", "IOPS", mine, theirs, notes=(f"peer: {peer.way}",)
+        )
 
 
 def by_size(generator: Path, us: Server, peer: Server, seconds: int) -> Iterator[Row]:
     """Random reads of every size at queue depth 8: no cliff."""
     for size in SIZES:
         mine, theirs = in_turns(generator, us, peer, ("--size", str(size), "--depth", "8"), "mib_s", seconds)
-        yield Row(f"block size: {size_name(size)} randread QD8", "MiB/s", mine, theirs, notes=(f"peer: {WAY}",))
+        yield Row(f"block size: {size_name(size)} randread QD8", "MiB/s", mine, theirs, notes=(f"peer: {peer.way}",))
 
 
 def size_name(size: int) -> str:
@@ -117,7 +119,7 @@ def by_disks(generator: Path, program: Qsd, seconds: int) -> Iterator[Row]:
             words = ("--depth", str(IN_FLIGHT // number))
             runs, peers = spread_in_turns(generator, mine, ways, number, words, seconds)
             title = f"disks: 4k randread, {IN_FLIGHT} in flight on {number}"
-            yield from rows_of_disks(title, runs, peers)
+            yield from rows_of_disks(title, runs, peers, program.number)
             one_disk = one_disk or [run["iops"] for run in runs]
             if number > 1:
                 yield Row(
@@ -126,7 +128,7 @@ def by_disks(generator: Path, program: Qsd, seconds: int) -> Iterator[Row]:
         for number in DISKS:
             paced = ("--depth", str(IN_FLIGHT), "--rate", str(OFFERED // number))
             runs, peers = spread_in_turns(generator, mine, ways, number, paced, seconds)
-            yield from rows_of_disks(f"disks: 4k randread, {OFFERED} a second on {number}", runs, peers)
+            yield from rows_of_disks(f"disks: 4k randread, {OFFERED} a second on {number}", runs, peers, program.number)
         memory = [server.memory_mib() for server in mine]
         yield Row("disks: unshared memory of each", "MiB", memory, less_is_better=True, notes=(MEMORY_AIM,))
         for server in (*mine, *each):  # all at once: one after the other takes long
@@ -152,9 +154,9 @@ def spread_in_turns(
 
 
 def rows_of_disks(
-    title: str, runs: Sequence[dict[str, float]], peers: Mapping[str, Sequence[dict[str, float]]]
+    title: str, runs: Sequence[dict[str, float]], peers: Mapping[str, Sequence[dict[str, float]]], version: str
 ) -> Iterator[Row]:
-    """Throughput first; the peer is the way that was best at that."""
+    """Throughput first; the peer, QSD of that version, is the way that was best at that."""
     way, _ = best_peer({way: [run["iops"] for run in rounds] for way, rounds in peers.items()})
     for key, what, unit in (
         ("iops", "", "IOPS"),
@@ -162,7 +164,9 @@ def rows_of_disks(
         ("p99_us", ": 99 % of the I/Os within", "us"),
     ):
         ours, theirs = ([run[key] for run in rounds] for rounds in (runs, peers[way]))
-        yield Row(f"{title}{what}", unit, ours, theirs, less_is_better=unit == "us", notes=(f"peer: {WAY}, {way}",))
+        yield Row(
+            f"{title}{what}", unit, ours, theirs, less_is_better=unit == "us", notes=(f"peer: {version}, {WAY}, {way}",)
+        )
 
 
 def spread(generator: Path, servers: Sequence[Server], words: Sequence[str], seconds: int) -> dict[str, float]:

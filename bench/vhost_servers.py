@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ SYSCALLS = "raw_syscalls:sys_enter"
 
 @dataclass(frozen=True)
 class Server:
-    """A running export. ``way``: how it does its I/O; ``command``: how it was started."""
+    """A running export. ``way``: how it does its I/O, and QSD's version; ``command``: how it was started."""
 
     way: str
     pid: int
@@ -130,14 +131,14 @@ class Qsd:
 
 
 def qsds() -> tuple[Qsd, ...]:
-    """Debian 13's, which what is demanded refers to, whatever the host; then the host's own, if that is another."""
+    """Debian 13's, which what is demanded refers to, whatever the host; then the host's own, if it has another."""
     found: list[Qsd] = []
-    for words, environment in (libblkio.command(QSD), ((QSD,), {})):
+    for words, environment in (libblkio.command(QSD), *([((QSD,), {})] if shutil.which(QSD) else [])):
         said = subprocess.run(
             [*words, "--version"], env=os.environ | environment, capture_output=True, text=True, check=True
         )
         found.append(Qsd(said.stdout.split("\n")[0].rpartition("version ")[2], words, environment))
-    return tuple(found) if found[0].number != found[1].number else (found[0],)
+    return tuple({program.number: program for program in reversed(found)}.values())[::-1]
 
 
 def qsd(
@@ -146,7 +147,7 @@ def qsd(
     """qemu-storage-daemon with an iothread. ``way``: what its file driver is told."""
     socket = folder / f"qsd{number}.sock"
     words = [*program.words, "--object", "iothread,id=thread", *_qsd_export(way, 0, image, socket, queues)]
-    return running(way, socket, words, program.environment)
+    return running(f"{program.number}, {way}", socket, words, program.environment)
 
 
 @contextlib.contextmanager
@@ -156,7 +157,7 @@ def qsd_of_many(program: Qsd, way: str, images: Sequence[Path], folder: Path) ->
     words = [*program.words, "--object", "iothread,id=thread"]
     for number, (image, socket) in enumerate(zip(images, sockets, strict=True)):
         words += _qsd_export(way, number, image, socket, 1)
-    with running(way, sockets[-1], words, program.environment) as server:  # it makes them in turn
+    with running(f"{program.number}, {way}", sockets[-1], words, program.environment) as server:  # it makes them in turn
         yield [replace(server, socket=socket) for socket in sockets]
 
 

@@ -226,9 +226,7 @@ class Disk:
             return PluginQueue(0, self.rules, self.stack, self.loop.loop)
         target = self.stack.native_target()
         assert target is not None
-        return NativeQueue(
-            0, self.rules, target, io_mode=self.kind.io_mode, spin=self.kind.spin, policy=self.policy
-        )
+        return NativeQueue(0, self.rules, target, io_mode=self.kind.io_mode, spin=self.kind.spin, policy=self.policy)
 
     async def _native_policy(self) -> NativePolicy | None:
         target = self.stack.native_target() if self.kind.native else None

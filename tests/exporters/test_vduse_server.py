@@ -283,9 +283,7 @@ def test_a_server_on_trial_reads_no_message(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("what", ["memory", "threads"])
-def test_a_server_on_trial_serves_every_queue_or_says_so(
-    kernel: Kernel, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_on_trial_serves_every_queue_or_says_so(kernel: Kernel, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not try again and fails no request: the old server can do better."""
     start = NativeQueue.start
 

@@ -400,9 +400,7 @@ def test_a_request_waits_for_memory_that_is_on_its_way(
 
 
 @both_paths
-def test_a_request_for_memory_that_never_comes_fails(
-    serve: Serve, machine: Machine, extra: GuestMemory, path: str
-) -> None:
+def test_a_request_for_memory_that_never_comes_fails(serve: Serve, machine: Machine, extra: GuestMemory, path: str) -> None:
     """An I/O error for that request, and the queue goes on."""
     server = serve(path=path)
     queue = machine.queue

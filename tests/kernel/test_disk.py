@@ -195,9 +195,7 @@ def test_an_idle_disk_costs_nothing(tmp_path: Path) -> None:
         pid = info("t")["pid"]
 
         def spent() -> int:
-            return sum(
-                int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()
-            )
+            return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
         wait_until(lambda: info("t")["counters"]["inflight"] == 0, "the scan is over")
         before = spent()

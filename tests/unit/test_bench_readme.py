@@ -18,6 +18,10 @@ def recorded(folder: Path, name: str) -> dict[str, Any]:
         Row("slow", "IOPS", [100.0] * 5, [200.0] * 5, least=1.0),
         Row("idle", "ms", [0.5], [9.0], less_is_better=True, most=1.0),
         Row("detail", "us", [12345.0], [6.0]),
+        Row("slow, against other 2", "IOPS", [100.0] * 5, [50.0] * 5, notes=("peer: other 2",)),
+        Row("fast, against other 2", "IOPS", [200.0] * 5, [180.0] * 5, notes=("peer: other 2",)),
+        Row("fast, against a limit", "IOPS", [200.0] * 5, [400.0] * 5),
+        Row("detail, against other 2", "us", [12345.0], [6.0], notes=("peer: other 2",)),
         Row("block size: 4 KiB randread QD8", "MiB/s", [777.0], [6.0]),
         Row("disks: unshared memory of each", "MiB", [13.0]),
     ]
@@ -43,13 +47,19 @@ def test_the_pictures_of_the_pages_exist() -> None:
 
 
 def test_a_demand_is_shown_with_its_mark(tmp_path: Path) -> None:
-    """Met, not met and why, and an upper limit; what demands nothing is not in the README."""
+    """Met, not met and why, and an upper limit. What demands nothing is in the README only beside what does."""
     text = readme.readme_part({"compare": None, "bench": recorded(tmp_path, "bench")})
     assert "| fast | IOPS | 200.0 | 100.0 | 2.00 | 1.5 | ✓ |" in text
     assert "| slow | IOPS | 100.0 | 200.0 | 0.50 | 1 | ✗ ratio below 1 |" in text
     assert "| idle | ms | 0.5 | 9 | 18.00 | at most 1 ms | ✓ |" in text
     assert "12345" not in text
-    assert "Measured on a machine, kernel 6.12, with peer 7.2. 2 of 3 demands met." in text
+    assert "Measured on a machine, kernel 6.12, with peer 7.2. 2 of 3 demands met. Against other 2 1 of 2 would be." in text
+    fast, beside, limit = (
+        "| fast | ",
+        "| fast, against other 2 | IOPS | 200.0 | 180.0 | 1.11 |  |  |",
+        "| fast, against a limit |",
+    )
+    assert text.index(fast) < text.index(beside) < text.index(limit) < text.index("| slow |")
 
 
 def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:

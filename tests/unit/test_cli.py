@@ -349,9 +349,7 @@ class TestRace:
             launch.start(WorkerSpec(name="m", source="null:1G"), 30, unique=False)
         return caught.value
 
-    def test_the_winners_device_stays(
-        self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_winners_device_stays(self, removed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locks: list[int] = []
         error = self.lose(tmp_path, monkeypatch, lambda: locks.append(rundir.lock_directory("m")))
         assert removed == []

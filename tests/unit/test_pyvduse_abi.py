@@ -51,9 +51,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What a C compiler says about <linux/vduse.h>: constants by name, "struct" sizes, "struct.member" offsets."""
     folder = tmp_path_factory.mktemp("abi")
     lines = [f'    printf("{s} %zu\\n", sizeof(struct {s}));' for s in STRUCTS]
-    lines += [
-        f'    printf("{s}.{name} %zu\\n", offsetof(struct {s}, {name}));' for s in STRUCTS for name, _ in fields(s)
-    ]
+    lines += [f'    printf("{s}.{name} %zu\\n", offsetof(struct {s}, {name}));' for s in STRUCTS for name, _ in fields(s)]
     for name in sorted(constants().keys() - OURS):
         one = f'    printf("{name} %llu\\n", (unsigned long long){name});'
         lines.append(f"#ifdef {name}\n{one}\n#endif" if name in VERSION_1_NAMES else one)
