@@ -72,6 +72,13 @@ class Thread:
         self.lib.pace_slept(self.pace, int(us * US), True, True)
 
 
+def looking(module: Any) -> Thread:
+    """A thread that has learnt to look."""
+    thread = Thread(module)
+    assert any(thread.waits(40, 5) for _ in range(20))
+    return thread
+
+
 def test_waits_within_what_is_looked_for_are_seen(pace_lib: Any) -> None:
     """It looks longer and longer, until that is long enough."""
     thread = Thread(pace_lib)
@@ -81,9 +88,7 @@ def test_waits_within_what_is_looked_for_are_seen(pace_lib: Any) -> None:
 
 def test_a_slow_wake_up_does_not_end_the_looking(pace_lib: Any) -> None:
     """The request comes within what is looked for, but who sleeps learns of it so late that the sleep was longer."""
-    thread = Thread(pace_lib)
-    while not thread.waits(40, 5):
-        pass
+    thread = looking(pace_lib)
     assert not thread.waits(90, 60)  # one that was late
     seen = [thread.waits(40, 60) for _ in range(20)]
     assert seen[-10:] == [True] * 10
@@ -91,9 +96,7 @@ def test_a_slow_wake_up_does_not_end_the_looking(pace_lib: Any) -> None:
 
 def test_with_slow_storage_nobody_looks(pace_lib: Any) -> None:
     """Neither for it nor for the driver, whose sleeps would be short enough."""
-    thread = Thread(pace_lib)
-    while not thread.waits(40, 5):
-        pass
+    thread = looking(pace_lib)
     assert not thread.waits(120, 5, busy=True)
     for _ in range(100):
         assert not thread.waits(30, 30)
@@ -122,8 +125,7 @@ def test_a_short_sleep_that_began_with_io_says_nothing(pace_lib: Any) -> None:
     for _ in range(10):
         thread.begins_io(5)
     assert thread.looks() == 0
-    while not thread.waits(15, 5):
-        pass
+    assert any(thread.waits(15, 5) for _ in range(20))
     before = thread.looks()
     thread.begins_io(5)
     assert thread.looks() == before != 0
@@ -133,9 +135,7 @@ def test_a_short_sleep_that_began_with_io_says_nothing(pace_lib: Any) -> None:
 
 def test_a_long_sleep_ends_the_looking(pace_lib: Any) -> None:
     """An idle disk costs nothing."""
-    thread = Thread(pace_lib)
-    while not thread.waits(40, 5):
-        pass
+    thread = looking(pace_lib)
     assert not thread.waits(1000, 30)
     assert thread.looks() == 0
     assert not any(thread.waits(1000, 30) or thread.looks() for _ in range(1000))
@@ -173,9 +173,7 @@ def test_looking_pays_again_when_requests_come_soon_again(pace_lib: Any) -> None
 
 def test_nobody_looks_where_no_cpu_is_left_to_the_sender(pace_lib: Any) -> None:
     """As many queue threads run as there are CPUs."""
-    thread = Thread(pace_lib)
-    while not thread.waits(40, 5):
-        pass
+    thread = looking(pace_lib)
     for _ in range(1025):  # one CPU more than there are
         pace_lib.lib.pace_awake()
     crowded = thread.looks()
