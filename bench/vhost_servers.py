@@ -132,13 +132,14 @@ class Qsd:
 
 def qsds() -> tuple[Qsd, ...]:
     """Debian 13's, which what is demanded refers to, whatever the host; then the host's own, if it has another."""
-    found: list[Qsd] = []
-    for words, environment in (libblkio.command(QSD), *([((QSD,), {})] if shutil.which(QSD) else [])):
-        said = subprocess.run(
-            [*words, "--version"], env=os.environ | environment, capture_output=True, text=True, check=True
-        )
-        found.append(Qsd(said.stdout.split("\n")[0].rpartition("version ")[2], words, environment))
-    return tuple({program.number: program for program in reversed(found)}.values())[::-1]
+    reference = _qsd_of(*libblkio.command(QSD))
+    own = _qsd_of((QSD,), {}) if shutil.which(QSD) else reference
+    return (reference,) if own.number == reference.number else (reference, own)
+
+
+def _qsd_of(words: tuple[str, ...], environment: dict[str, str]) -> Qsd:
+    said = subprocess.run([*words, "--version"], env=os.environ | environment, capture_output=True, text=True, check=True)
+    return Qsd(said.stdout.split("\n")[0].rpartition("version ")[2], words, environment)
 
 
 def qsd(
