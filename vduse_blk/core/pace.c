@@ -12,16 +12,14 @@
  *
  * Before it sleeps, a thread whose last sleeps were short looks at the ring for a while (at most SPIN_MAX_NS): a wake-up
  * from another CPU costs more than most requests. One long sleep ends that, so an idle disk costs nothing. How long a sleep
- * was is seen by who has woken up, and in a virtual machine both sides may take longer to wake than is ever looked for: so a
- * sleep that only the driver could end is short up to SHORT_SLEEP_NS, or one request missed would end the looking for good.
- * Storage that takes longer than is ever looked for ends it, and the driver's next wait with it: what could be gained is
- * little beside what storage takes, and a driver on the same CPU would have to move.
- * It is only done while the queue threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is
- * allowed, saw nothing, and then slept for a moment only, stood in the way of that very sender, who waited for this CPU, or
- * looks too early; whoever looked and then slept long looked for nothing. The more often in a row, the longer before it looks
- * again.
+ * was is seen by who has woken up, and in a virtual machine both sides may take longer to wake than is ever looked for: so
+ * a sleep that only the driver could end is short up to SHORT_SLEEP_NS, or one request missed would end the looking for
+ * good. Storage that takes longer than is ever looked for ends it, and the driver's next wait with it: what could be gained
+ * is little beside what storage takes, and a driver on the same CPU would have to move. It is only done while the queue
+ * threads that are awake leave a CPU to who sends the requests. Whoever looked as long as is allowed, saw nothing, and then
+ * slept for a moment only, stood in the way of that very sender, who waited for this CPU, or looks too early; whoever
+ * looked and then slept long looked for nothing. The more often in a row, the longer before it looks again.
  */
-#define _GNU_SOURCE
 #include "pace.h"
 
 #include <unistd.h>
