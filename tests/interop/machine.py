@@ -6,6 +6,7 @@ mounts /dev/vda and goes there. The guest's console is a pipe: ``run`` sends a l
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -176,10 +177,18 @@ class Guest:
             except queue.Empty:
                 raise TimeoutError(f"no {marker!r}; the console: {self.console[-3000:].decode(errors='replace')}") from None
             if not data:
-                raise EOFError(f"the machine ended: {self.console[-3000:].decode(errors='replace')}")
+                raise EOFError(f"the machine ended; {self._last_words()}")
             self.console += data
         before, _, self.console = self.console.partition(marker)
         return before
+
+    def _last_words(self) -> str:
+        """How QEMU ended, if it did within a second, and the end of what it and its guest said."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        while not self._bytes.empty():
+            self.console += self._bytes.get()
+        return f"status {self.process.returncode}; the console: {self.console[-3000:].decode(errors='replace')}"
 
     def wait_ready(self, seconds: float = 150) -> None:
         self.expect(b"GUEST-READY", seconds)
@@ -206,7 +215,10 @@ class Guest:
     def monitor(self, command: str, **arguments: Any) -> Any:
         """One QMP command."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self._monitor_path))
+            try:
+                connection.connect(str(self._monitor_path))
+            except OSError as e:
+                raise EOFError(f"no monitor ({e}); {self._last_words()}") from e
             connection.settimeout(30)
             with connection.makefile("rwb") as stream:
                 stream.readline()
