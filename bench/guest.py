@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.host_load import Gauge
-from bench.report import MIN_ROUNDS
+from bench.report import MIN_ROUNDS, in_turn
 from bench.servers import QSD, Server, ours, qsd, run
 
 TOP = Path(__file__).resolve().parent.parent
@@ -225,8 +225,8 @@ def compare_at(
         runs: list[dict[str, Any]] = []
         for number in range(rounds):
             for case in cases:
-                turn = [servers[(number + step) % len(servers)] for step in range(len(servers))]
-                done = {server.name: patience.measure(case, blkgen, server, seconds, gauge) for server in turn}
+                order = in_turn(servers, number)
+                done = {server.name: patience.measure(case, blkgen, server, seconds, gauge) for server in order}
                 runs += [{"case": case.name, "round": number, "server": name, **result} for name, result in done.items()]
                 figures = ", ".join(f"{server.name} {done[server.name][case.unit]:.0f}" for server in servers)
                 say(f"{place.name}, round {number + 1} of {rounds}, {case.name}: {figures}")

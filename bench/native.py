@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bench import libblkio, readme, scaling
 from bench.compare import BUILD, CFLAGS, LIMIT_SHARE, RESULTS, TOP
-from bench.report import MIN_ROUNDS, Report, Row, best_peer
+from bench.report import MIN_ROUNDS, Report, Row, best_peer, in_turn
 from bench.vhost_servers import (
     IMAGE_BYTES,
     MIB,
@@ -159,21 +159,20 @@ def measure_case(
     """One case, round by round. ``peers``: by version, first the one that what is demanded refers to. ``nothing``: our
     server of a disk without storage, which shows the client's limit.
     """
-    results: dict[str, dict[str, list[dict[str, float]]]] = {
-        version: {server.way: [] for server in servers} for version, servers in peers.items()
-    }
-    mine: list[dict[str, float]] = []
+    runs: dict[Path, list[dict[str, float]]] = {server.socket: [] for server in (us, *itertools.chain(*peers.values()))}
     straight: list[float] = []
     ceiling = [turn(generator, nothing, case.words, seconds, before)[case.unit] for _ in range(LIMIT_ROUNDS)]
-    for _ in range(rounds):
-        mine.append(turn(generator, us, case.words, seconds, before))
-        for version, servers in peers.items():
-            for server in servers:
-                results[version][server.way].append(turn(generator, server, case.words, seconds, before))
-        if case.straight:
-            straight.append(fio(image, seconds))
+    entrants: list[Server | None] = [us, *([None] if case.straight else []), *itertools.chain(*peers.values())]
+    for number in range(rounds):
+        for entrant in in_turn(entrants, number):
+            if entrant is None:
+                straight.append(fio(image, seconds))
+            else:
+                runs[entrant.socket].append(turn(generator, entrant, case.words, seconds, before))
+    mine = runs[us.socket]
+    results = {version: {server.way: runs[server.socket] for server in servers} for version, servers in peers.items()}
     best = {
-        version: best_peer({way: [run[case.unit] for run in runs] for way, runs in ways.items()})[0]
+        version: best_peer({way: of_rounds(of_way, case.unit) for way, of_way in ways.items()})[0]
         for version, ways in results.items()
     }
     (reference, way), *others = best.items()
@@ -236,10 +235,10 @@ def by_qemu_img(us: Server, peers: Sequence[Server], rounds: int) -> Iterator[Ro
     for depth in (1, 32):
         mine: list[float] = []
         theirs: dict[str, list[float]] = {peer.way: [] for peer in peers}
-        for _ in range(rounds):
-            mine.append(libblkio.iops(us.socket, depth))
-            for peer in peers:
-                theirs[peer.way].append(libblkio.iops(peer.socket, depth))
+        for number in range(rounds):
+            for server in in_turn([us, *peers], number):
+                of_server = mine if server is us else theirs[server.way]
+                of_server.append(libblkio.iops(server.socket, depth))
         way, best = best_peer(theirs)
         yield Row(
             f"{HOLES}: 4k read QD{depth} by qemu-img bench",

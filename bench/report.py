@@ -12,12 +12,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+_Entrant = TypeVar("_Entrant")
 
 MIN_ROUNDS = 5
 """A demand on a ratio is not met by fewer measurements of each side."""
 
 HEADINGS = ("case", "unit", "ours", "peer", "ratio", "least", "rounds", "spread", "")
+
+
+def in_turn(entrants: Sequence[_Entrant], number: int) -> list[_Entrant]:
+    """Who is measured when in round ``number``: every second round goes the other way about, and then another one begins.
+    Whoever always came after the same one would be measured on the machine that one leaves behind."""
+    first = number // 2 % len(entrants)
+    order = [*entrants[first:], *entrants[:first]]
+    return order[::-1] if number % 2 else order
 
 
 @dataclass(frozen=True)

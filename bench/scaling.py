@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.report import Row, best_peer
+from bench.report import Row, best_peer, in_turn
 from bench.vhost_servers import MIB, Qsd, Server, make_image, our_words, ours, qsd, qsd_of_many, started, turn
 
 WAY = "aio=io_uring,cache.direct=on"
@@ -51,10 +51,11 @@ def measure(generator: Path, program: Qsd, seconds: int) -> Iterator[Row]:
 def in_turns(
     generator: Path, us: Server, peer: Server, words: Sequence[str], unit: str, seconds: int
 ) -> tuple[list[float], list[float]]:
-    mine, theirs = [], []
-    for _ in range(ROUNDS):
-        mine.append(turn(generator, us, words, seconds)[unit])
-        theirs.append(turn(generator, peer, words, seconds)[unit])
+    mine: list[float] = []
+    theirs: list[float] = []
+    for number in range(ROUNDS):
+        for server, found in in_turn([(us, mine), (peer, theirs)], number):
+            found.append(turn(generator, server, words, seconds)[unit])
     return mine, theirs
 
 
@@ -87,7 +88,7 @@ def log_cost(generator: Path, us: Server) -> Iterator[Row]:
     words = (*_4K, "--depth", "32")
     runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for number in range(LOG_ROUNDS):
-        for log in (True, False) if number % 2 else (False, True):
+        for log in in_turn([True, False], number):
             runs[log].append(turn(generator, us, (*words, "--inflight") if log else words, LOG_SECONDS))
     for key, what, unit in (("iops", "", "IOPS"), ("server_cpu_us_per_io", ": CPU of the server per I/O", "us")):
         with_it, without = ([run[key] for run in runs[log]] for log in (True, False))
@@ -146,10 +147,10 @@ def spread_in_turns(
     """Rounds of the load on the first ``number`` disks of us, and of each way to run the peer."""
     runs: list[dict[str, float]] = []
     peers: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        runs.append(spread(generator, mine[:number], words, seconds))
-        for way, servers in ways.items():
-            peers[way].append(spread(generator, servers[:number], words, seconds))
+    entrants = [(mine, runs), *((servers, peers[way]) for way, servers in ways.items())]
+    for turn_number in range(ROUNDS):
+        for servers, found in in_turn(entrants, turn_number):
+            found.append(spread(generator, servers[:number], words, seconds))
     return runs, peers
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from bench import compare
 from bench.host_load import Feed, Gauge, cpu_seconds
-from bench.report import MIN_ROUNDS, Report, Row, best_peer
+from bench.report import MIN_ROUNDS, Report, Row, best_peer, in_turn
 from bench.servers import run
 
 TOP = Path(__file__).resolve().parents[2]
@@ -196,3 +196,13 @@ def test_others_load_reaches_the_guest(tmp_path: Path) -> None:
     assert used > 0
     assert seen == pytest.approx(used / 2.0 / (os.cpu_count() or 1), rel=0.35)
     assert not (tmp_path / "spin").exists()
+
+
+def test_everybody_takes_every_turn() -> None:
+    """Of two each begins as often; of five everybody begins twice in ten rounds and ends twice, and who comes right after
+    whom is turned about in every second round."""
+    assert [in_turn("ab", number) for number in range(4)] == [["a", "b"], ["b", "a"], ["b", "a"], ["a", "b"]]
+    orders = [in_turn("abcde", number) for number in range(10)]
+    assert all(sorted(order) == list("abcde") for order in orders)
+    assert sorted(order[0] for order in orders) == sorted(order[-1] for order in orders) == sorted("abcde" * 2)
+    assert all(orders[number + 1] == orders[number][::-1] for number in range(0, 10, 2))
