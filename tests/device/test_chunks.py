@@ -31,15 +31,15 @@ def settle() -> None:
         time.sleep(0.001)
 
 
-def turn(disk: Disk, *, prompt: bool = False) -> int:
-    """A driver that offers a batch at once and comes when all of it is done, or (``prompt``) sees at once whatever is done
+def turn(disk: Disk, *, count: int = BATCH, size: int = SIZE, prompt: bool = False) -> int:
+    """A driver that offers ``count`` reads of ``size`` bytes at once and comes when all of it is done, or (``prompt``) sees at once whatever is done
     and sleeps again; returns how often the ring was updated."""
     driver = disk.driver
     driver.reset_heap()
     settle()
     published = disk.counters()["publishes"]
-    done = driver.used_idx() + BATCH & 0xFFFF
-    requests = [driver.request(IN, 32 * number, into=SIZE, offer=False) for number in range(BATCH)]
+    done = driver.used_idx() + count & 0xFFFF
+    requests = [driver.request(IN, size // 512 * number, into=size, offer=False) for number in range(count)]
     for request in requests:
         driver.offer(request.head)  # unseen until the kick
     driver.kick()
@@ -49,7 +49,7 @@ def turn(disk: Disk, *, prompt: bool = False) -> int:
             driver.put_u16(driver.avail + 4 + 2 * driver.num, used)
         assert time.monotonic() < deadline
     finished = driver.collect()
-    assert [request.status for request in finished] == [OK] * BATCH
+    assert [request.status for request in finished] == [OK] * count
     settle()
     return disk.counters()["publishes"] - published
 
@@ -71,3 +71,13 @@ def test_a_driver_that_comes_late_is_woken_by_the_first_few(event_idx: bool) -> 
         disk.close()
     assert late[-6:] == [(5 if event_idx else 4) if overlaps else 1] * 6
     assert recovered
+
+
+@pytest.mark.parametrize(("count", "published"), [(1, 1), (2, 2), (3, 3), (4, 3), (8, 5)])
+def test_large_requests_go_in_pairs_where_more_wait(count: int, published: int) -> None:
+    """Of eight two, two, two, and the rest one by one."""
+    disk = Disk(Kind("memory", "memory", True, spin="never"))
+    try:
+        assert turn(disk, count=count, size=256 * 1024) == published
+    finally:
+        disk.close()
