@@ -32,8 +32,8 @@ def settle() -> None:
 
 
 def turn(disk: Disk, *, count: int = BATCH, size: int = SIZE, prompt: bool = False) -> int:
-    """A driver that offers ``count`` reads of ``size`` bytes at once and comes when all of it is done, or (``prompt``) sees at once whatever is done
-    and sleeps again; returns how often the ring was updated."""
+    """A driver that offers ``count`` reads of ``size`` bytes at once and comes when all of it is done, or (``prompt``)
+    sees at once whatever is done and sleeps again; returns how often the ring was updated."""
     driver = disk.driver
     driver.reset_heap()
     settle()
