@@ -183,9 +183,10 @@ class Guest:
         return before
 
     def _last_words(self) -> str:
-        """How QEMU ended, if it did within a second, and the end of what it and its guest said."""
+        """How QEMU ended, if it did within a second, and the end of what it and its guest said. Takes all there is."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
+        self._reader.join(1)
         while not self._bytes.empty():
             self.console += self._bytes.get()
         return f"status {self.process.returncode}; the console: {self.console[-3000:].decode(errors='replace')}"
@@ -215,18 +216,18 @@ class Guest:
     def monitor(self, command: str, **arguments: Any) -> Any:
         """One QMP command."""
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
             try:
                 connection.connect(str(self._monitor_path))
-            except OSError as e:
-                raise EOFError(f"no monitor ({e}); {self._last_words()}") from e
-            connection.settimeout(30)
-            with connection.makefile("rwb") as stream:
-                stream.readline()
-                for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
-                    stream.write(json.dumps(request).encode() + b"\n")
-                    stream.flush()
-                    while "event" in (answer := json.loads(stream.readline())):
-                        pass
+                with connection.makefile("rwb") as stream:
+                    stream.readline()
+                    for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                        stream.write(json.dumps(request).encode() + b"\n")
+                        stream.flush()
+                        while "event" in (answer := json.loads(stream.readline())):
+                            pass
+            except (OSError, ValueError) as e:
+                raise EOFError(f"no answer from the monitor ({e}); {self._last_words()}") from e
         assert "return" in answer, answer
         return answer["return"]
 

@@ -17,6 +17,13 @@ MIB = 1 << 20
 both_paths = pytest.mark.parametrize("path", ["native", "plugin"])
 
 
+def udev_has_looked() -> None:
+    """Until udev is done with every disk: a scan for partitions reads a dozen blocks one after the other, each waits as long
+    as the policy says, and nobody else can open the disk meanwhile (bdev_open)."""
+    if Path("/run/udev/control").exists():
+        run("udevadm", "settle", "--timeout=60")
+
+
 class Storage:
     """A block device whose storage can be taken away: every request on it fails, as on a disk that was pulled."""
 
@@ -31,10 +38,7 @@ class Storage:
         return f"0 {self._sectors} linear {self._loop} 0"
 
     def go(self) -> None:
-        """Not while udev looks at the disk: a scan for partitions reads a dozen blocks one after the other, each waits as
-        long as the policy says, and nobody else can open the disk meanwhile (bdev_open)."""
-        if Path("/run/udev/control").exists():
-            run("udevadm", "settle", "--timeout=60")
+        udev_has_looked()
         self._become(f"0 {self._sectors} error")
 
     def come_back(self) -> None:
@@ -123,6 +127,7 @@ def test_under_load_errors_come_in_time(storage: Storage) -> None:
             wait_until(lambda: waiting() == 0, "nothing waits")
             before = info("t")["counters"]["write_ops"]
             wait_until(lambda: info("t")["counters"]["write_ops"] > before + 50, "requests are served again")
+            udev_has_looked()
             began = time.monotonic()
             storage.go()
             said, _ = fio.communicate(timeout=60)
