@@ -5,7 +5,7 @@
  *   once -> notify at most once -> again
  *
  * How many requests a chunk is, when to wake the driver, and whether to look before sleeping, is pace.c's affair. Besides, a
- * chunk is bounded by bytes, so that large transfers still overlap. They go in pairs where more wait.
+ * chunk is bounded by bytes, so that large transfers still overlap. Those go in pairs where more wait.
  *
  * Kicks are asked for only just before sleeping, and the ring is looked at once more after asking. Eventfds are polled edge
  * style and never read.
@@ -37,7 +37,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK_BYTES = 256 * 1024, PAIR_LEAST = 3 };
+enum { CHUNK_BYTES = 256 * 1024, PAIR_BYTES = 1024 * 1024, PAIR_LEAST = 3 };
 enum { SQ_ENTRIES = 64, STACK_BYTES = 256 * 1024 };
 enum { INLINE_BYTES = 128 * 1024 };
 enum { TAG_KICK = 1, TAG_WAKE = 2 }; /* user_data below any pointer */
@@ -128,15 +128,16 @@ static void ran_out(struct vb_engine *engine)
 }
 
 /*
- * Whether a chunk of so many requests and bytes takes another. Two large ones share an interrupt, which costs a tenth of what
- * copying 1 MiB does, and the driver still has something to do meanwhile. Not while other CPUs copy for us: what they have
- * done is told as soon as we have seen it.
+ * Whether a chunk of so many requests and bytes takes another. Large ones, up to PAIR_BYTES, go in pairs where PAIR_LEAST more
+ * wait or are with the storage: they share an interrupt, which takes a tenth of the time of copying 1 MiB, and there is still
+ * something to do when the driver comes. Not while other CPUs copy for us: what they have done is told as soon as we have
+ * seen it.
  */
 static bool takes_another(const struct vb_engine *engine, uint32_t count, uint64_t bytes)
 {
     struct vb_queue *queue = engine->queue;
-    return bytes < CHUNK_BYTES ||
-           (count == 1 && engine->handed_over == 0 && queue->inflight + vring_pending(&queue->ring) >= PAIR_LEAST);
+    return bytes < CHUNK_BYTES || (count == 1 && bytes <= PAIR_BYTES && engine->handed_over == 0 &&
+                                   queue->inflight + vring_pending(&queue->ring) >= PAIR_LEAST);
 }
 
 /* ---- storage that is done when the call returns, or when a thread of the pool says so ---- */
