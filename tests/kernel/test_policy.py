@@ -115,6 +115,7 @@ def test_errors_come_after_the_time_given_and_not_before(storage: Storage, path:
             assert 5 < time.monotonic() - began < 20
             storage.come_back()
             assert dd.wait(60) == 1
+        run("udevadm", "settle")  # what waits from here on is the write, not udev's scan
         storage.go()
         with writer(device) as dd:
             wait_until(lambda: waiting() > 0, "it waits")
